@@ -1,0 +1,10 @@
+//! The driver's only look at the wall clock; everything else gets the time as an argument.
+
+use jiff::Timestamp;
+
+/// The present moment.
+#[must_use]
+#[expect(clippy::disallowed_methods, reason = "the driver's one clock")]
+pub fn now() -> Timestamp {
+    Timestamp::now()
+}

@@ -1,0 +1,193 @@
+//! The images that tests and the snapshot machinery run from, made of Debian packages, Go modules and our own
+//! binaries, and loaded into clusters, never pulled.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use serde::{Deserialize, Serialize};
+use tokio::process::Command;
+
+use super::Harness;
+use super::archive::{Archive, Image};
+use super::cache::{self, Key};
+use super::debian::Packages;
+use super::paths::Paths;
+use super::programs::CSI;
+
+const PACKAGES: [&str; 4] = ["postgresql-15", "busybox-static", "btrfs-progs", "mount"];
+
+/// Full names of the images, as pods write them (with `imagePullPolicy: Never`). The tag changes with the
+/// content.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Images {
+    /// PostgreSQL 15 and a shell; users `root` and `postgres` (999).
+    pub postgres: String,
+    /// busybox: `sh` and its applets.
+    pub shell: String,
+    /// The test CSI driver with the btrfs tools.
+    pub csi_driver: String,
+    /// csi-provisioner, csi-snapshotter and snapshot-controller.
+    pub csi_sidecars: String,
+    /// The conformance test of CSI drivers.
+    pub csi_sanity: String,
+}
+
+impl Images {
+    fn file(paths: &Paths) -> PathBuf {
+        paths.state().join("images.json")
+    }
+
+    /// The images of the last [`make`].
+    ///
+    /// # Errors
+    /// When there was none.
+    pub fn load(paths: &Paths) -> Result<Self> {
+        let file = Self::file(paths);
+        let text =
+            std::fs::read(&file).with_context(|| format!("read {}: run cargo e2e up", file.display()))?;
+        serde_json::from_slice(&text).with_context(|| format!("parse {}: run cargo e2e up", file.display()))
+    }
+}
+
+/// Makes the images that are not made yet.
+///
+/// # Errors
+/// When a package or module cannot be had, or a build fails.
+pub async fn make(harness: &Harness) -> Result<(Images, Vec<Archive>)> {
+    let packages = Packages::get(harness, "images", &PACKAGES).await?;
+    let csi = CSI.build(harness).await?;
+    let driver = build_driver(harness).await?;
+
+    let sidecars = ["csi-provisioner", "csi-snapshotter", "snapshot-controller"];
+    let driver_key = Key::new().with(packages.key()).with(std::fs::read(&driver)?).finish();
+    let csi_key = csi.to_string_lossy();
+
+    let postgres = image(harness, "postgres", packages.key(), async || postgres(&packages).await).await?;
+    let shell = image(harness, "shell", packages.key(), async || shell(&packages)).await?;
+    let csi_driver = async || csi_driver(&packages, &driver).await;
+    let csi_driver = image(harness, "csi-driver", &driver_key, csi_driver).await?;
+    let csi_sidecars =
+        image(harness, "csi-sidecars", &csi_key, async || go_programs(&csi, &sidecars)).await?;
+    let csi_sanity =
+        image(harness, "csi-sanity", &csi_key, async || go_programs(&csi, &["csi-sanity"])).await?;
+
+    let images = Images {
+        postgres: postgres.name.clone(),
+        shell: shell.name.clone(),
+        csi_driver: csi_driver.name.clone(),
+        csi_sidecars: csi_sidecars.name.clone(),
+        csi_sanity: csi_sanity.name.clone(),
+    };
+    std::fs::write(Images::file(&harness.paths), serde_json::to_vec_pretty(&images)?)?;
+    Ok((images, vec![postgres, shell, csi_driver, csi_sidecars, csi_sanity]))
+}
+
+/// One image by the key of what goes in; this file decides what does.
+async fn image(
+    harness: &Harness,
+    name: &str,
+    key: &str,
+    make: impl AsyncFnOnce() -> Result<Image>,
+) -> Result<Archive> {
+    let key = Key::new().with(key).with(include_str!("images.rs")).with(include_str!("archive.rs")).finish();
+    let entry = format!("image-{name}");
+    let dir = cache::entry(&harness.paths, &entry, &key, async |dir| {
+        harness
+            .steps
+            .run(
+                &format!("make the image {name}"),
+                "read the log; free disk space if it ran out",
+                async |_| {
+                    let archive =
+                        make().await?.write(&format!("sts-backup-e2e/{name}"), &dir.join("image.tar"))?;
+                    Ok(std::fs::write(dir.join("name"), archive.name)?)
+                },
+            )
+            .await
+    })
+    .await?;
+    let name =
+        std::fs::read_to_string(dir.join("name")).with_context(|| format!("read {}/name", dir.display()))?;
+    Ok(Archive { name, path: dir.join("image.tar") })
+}
+
+/// Our CSI driver, built from the checkout by the cargo that runs us, without its debug info.
+async fn build_driver(harness: &Harness) -> Result<PathBuf> {
+    let built = std::env::current_exe()?.with_file_name("csi-driver");
+    let stripped = harness.paths.state().join("csi-driver");
+    harness
+        .steps
+        .run("build the test CSI driver", "mend what the compiler says in the log", async |log| {
+            let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+            let mut command = Command::new(cargo);
+            command.args(["build", "--quiet", "--package", "sts-backup-e2e", "--bin", "csi-driver"]);
+            log.run(command.current_dir(super::paths::e2e_dir())).await?;
+            log.run(Command::new("strip").arg("-o").arg(&stripped).arg(&built)).await
+        })
+        .await?;
+    Ok(stripped)
+}
+
+fn add_shell(image: &mut Image, packages: &Packages) -> Result<()> {
+    let busybox = packages.program("busybox")?;
+    image.file("/bin/busybox", &busybox)?;
+    let list =
+        std::process::Command::new(&busybox).arg("--list").output().context("list busybox' applets")?;
+    for applet in String::from_utf8_lossy(&list.stdout).lines().filter(|applet| *applet != "busybox") {
+        image.link(format!("/bin/{applet}"), "busybox");
+    }
+    Ok(())
+}
+
+fn shell(packages: &Packages) -> Result<Image> {
+    let mut image = Image::new(&["/bin/sh"]);
+    add_shell(&mut image, packages)?;
+    Ok(image)
+}
+
+fn go_programs(dir: &Path, names: &[&str]) -> Result<Image> {
+    let mut image = Image::new(&[]);
+    for name in names {
+        image.file(format!("/usr/local/bin/{name}"), &dir.join(name))?;
+    }
+    Ok(image)
+}
+
+async fn postgres(packages: &Packages) -> Result<Image> {
+    let mut image = Image::new(&["/bin/sh"]);
+    add_shell(&mut image, packages)?;
+    let programs = "usr/lib/postgresql/15";
+    let dir = packages.file(programs).context("the package postgresql-15 has no programs")?;
+    // LLVM is large, and only the just-in-time compiler needs it.
+    let skip =
+        |path: &Path| path.ends_with("llvmjit.so") || path.ends_with("bitcode") || path.ends_with("pgxs");
+    image.tree(&Path::new("/").join(programs), &dir, &skip)?;
+    for part in ["bin", "lib"] {
+        for file in std::fs::read_dir(dir.join(part))? {
+            let file = file?.path();
+            let is_library = file.extension().is_some_and(|extension| extension == "so");
+            if file.is_file() && !skip(&file) && (part == "bin" || is_library) {
+                image.libraries_of(packages, &file).await?;
+            }
+        }
+    }
+    for (data, required) in
+        [("usr/share/postgresql/15", true), ("usr/share/zoneinfo", false), ("usr/lib/locale/C.utf8", false)]
+    {
+        match packages.file(data) {
+            Some(dir) => image.tree(&Path::new("/").join(data), &dir, &|path| path.ends_with("man"))?,
+            None => anyhow::ensure!(!required, "no /{data}: the package postgresql-15 is not whole"),
+        }
+    }
+    Ok(image)
+}
+
+async fn csi_driver(packages: &Packages, driver: &Path) -> Result<Image> {
+    let mut image = Image::new(&["/usr/local/bin/csi-driver"]);
+    add_shell(&mut image, packages)?;
+    for program in ["mkfs.btrfs", "btrfs", "mount", "umount", "losetup"] {
+        image.program(packages, program).await?;
+    }
+    image.binary(packages, Path::new("/usr/local/bin/csi-driver"), driver).await?;
+    Ok(image)
+}

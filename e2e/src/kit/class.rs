@@ -1,0 +1,73 @@
+//! Classes of the test driver with faults of their own, for one test.
+//!
+//! They are cluster-scoped, so each is named after the test's namespace (one of each kind per test), which
+//! also owns it: it goes with the namespace. The name is the driver's `scope` as well, so that one test's faults do not count another's calls.
+
+use std::collections::BTreeMap;
+
+use anyhow::{Context, Result};
+use k8s_openapi::api::storage::v1::StorageClass;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use kube::Api;
+use kube::api::PostParams;
+use sts_backup_api::snapshot::VolumeSnapshotClass;
+
+use super::Namespace;
+
+/// The name of the test driver that the harness installs.
+pub const DRIVER: &str = "csi.e2e.sts-backup.io";
+
+/// Makes a `StorageClass` of the test driver with these parameters, binding at once, and returns its name.
+///
+/// # Errors
+/// When the API server refuses it.
+pub async fn create_storage_class(ns: &Namespace, parameters: &[(&str, &str)]) -> Result<String> {
+    let name = ns.name();
+    let class = StorageClass {
+        metadata: metadata(ns)?,
+        provisioner: DRIVER.to_owned(),
+        parameters: Some(scoped(name, parameters)),
+        reclaim_policy: Some("Delete".to_owned()),
+        volume_binding_mode: Some("Immediate".to_owned()),
+        ..StorageClass::default()
+    };
+    let classes: Api<StorageClass> = Api::all(ns.cluster().client());
+    classes
+        .create(&PostParams::default(), &class)
+        .await
+        .with_context(|| format!("create the StorageClass {name}"))?;
+    Ok(name.to_owned())
+}
+
+/// Makes a `VolumeSnapshotClass` of the test driver with these parameters, and returns its name.
+///
+/// # Errors
+/// When the API server refuses it.
+pub async fn create_snapshot_class(ns: &Namespace, parameters: &[(&str, &str)]) -> Result<String> {
+    let name = ns.name();
+    let class = VolumeSnapshotClass {
+        metadata: metadata(ns)?,
+        parameters: scoped(name, parameters),
+        ..VolumeSnapshotClass::new(name, DRIVER, "Delete")
+    };
+    let classes: Api<VolumeSnapshotClass> = Api::all(ns.cluster().client());
+    classes
+        .create(&PostParams::default(), &class)
+        .await
+        .with_context(|| format!("create the VolumeSnapshotClass {name}"))?;
+    Ok(name.to_owned())
+}
+
+fn metadata(ns: &Namespace) -> Result<ObjectMeta> {
+    Ok(ObjectMeta {
+        name: Some(ns.name().to_owned()),
+        owner_references: Some(vec![ns.owner_reference()?]),
+        ..ObjectMeta::default()
+    })
+}
+
+fn scoped(scope: &str, parameters: &[(&str, &str)]) -> BTreeMap<String, String> {
+    let scope = ("scope", scope);
+    let all = parameters.iter().copied().chain([scope]);
+    all.map(|(key, value)| (key.to_owned(), value.to_owned())).collect()
+}

@@ -1,0 +1,86 @@
+//! Finds a cluster that the harness made and connects to it.
+
+use std::path::Path;
+
+use anyhow::{Context, Result, bail};
+use kube::config::{KubeConfigOptions, Kubeconfig};
+use kube::{Client, Config};
+
+use crate::harness::images::Images;
+use crate::harness::paths::Paths;
+
+/// A connection to one cluster, as its administrator. Clones share the connections.
+///
+/// It belongs to the tokio runtime it was made in: each test connects for itself.
+#[derive(Clone)]
+pub struct Cluster {
+    name: String,
+    images: Images,
+    client: Client,
+    exec_client: Client,
+}
+
+impl Cluster {
+    /// Connects to a cluster by the name the harness gave it, such as `stsb-e2e-1`.
+    ///
+    /// # Errors
+    /// When there is no such cluster or its kubeconfig is unusable. An unreachable API server shows at the
+    /// first request.
+    pub async fn connect(name: &str) -> Result<Self> {
+        let paths = Paths::find()?;
+        let kubeconfig = paths.kubeconfig(name);
+        if !kubeconfig.exists() {
+            bail!("no cluster {name}: run cargo e2e up --clusters 2, or run the tests by cargo e2e test");
+        }
+        let config = config(&kubeconfig).await?;
+        // A command must run once: kube's retry after 429, 503 or 504 could run it a second time.
+        let mut exec_config = config.clone();
+        exec_config.default_retry = false;
+        Ok(Self {
+            name: name.to_owned(),
+            images: Images::load(&paths)?,
+            client: Client::try_from(config).context("make the client")?,
+            exec_client: Client::try_from(exec_config).context("make the client for exec")?,
+        })
+    }
+
+    /// The name the harness gave the cluster.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The images that its nodes hold.
+    #[must_use]
+    pub fn images(&self) -> &Images {
+        &self.images
+    }
+
+    /// For everything but exec; retries requests that the API server turned away.
+    #[must_use]
+    pub fn client(&self) -> Client {
+        self.client.clone()
+    }
+
+    /// For exec, which must never be retried.
+    #[must_use]
+    pub fn exec_client(&self) -> Client {
+        self.exec_client.clone()
+    }
+}
+
+/// A client by a kubeconfig file.
+///
+/// # Errors
+/// When the file cannot be used.
+pub async fn client(kubeconfig: &Path) -> Result<Client> {
+    Client::try_from(config(kubeconfig).await?).context("make the client")
+}
+
+async fn config(kubeconfig: &Path) -> Result<Config> {
+    let file = Kubeconfig::read_from(kubeconfig)
+        .with_context(|| format!("read the kubeconfig {}", kubeconfig.display()))?;
+    Config::from_custom_kubeconfig(file, &KubeConfigOptions::default())
+        .await
+        .with_context(|| format!("use the kubeconfig {}", kubeconfig.display()))
+}

@@ -1,0 +1,15 @@
+# The command of the PostgreSQL container.
+set -eu
+
+# initdb somewhere else first: a pod killed in the middle must not leave half a cluster in its place.
+if [ ! -s "$PGDATA/PG_VERSION" ]; then
+  rm -rf "$PGDATA.new"
+  initdb --pgdata="$PGDATA.new" --username="$PGUSER" --auth=trust --locale=C.UTF-8 --encoding=UTF8
+  mv "$PGDATA.new" "$PGDATA"
+fi
+
+# fsGroup makes the files of a volume group-writable, which PostgreSQL refuses.
+chmod 0700 "$PGDATA"
+
+# psql runs inside the pod: no network, only the socket.
+exec postgres -c listen_addresses= -c unix_socket_directories="$PGHOST" -c shared_buffers=16MB

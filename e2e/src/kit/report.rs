@@ -1,0 +1,88 @@
+//! Prints what a person needs to see why a test failed, before the namespace is removed.
+
+use std::fmt::Debug;
+
+use k8s_openapi::api::core::v1::{Event, PersistentVolumeClaim, Pod};
+use kube::api::{ListParams, LogParams};
+use kube::{Api, Resource, ResourceExt};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+use sts_backup_api::snapshot::VolumeSnapshot;
+
+use super::Namespace;
+
+/// Enough of a log to see why a container ended.
+const LOG_LINES: i64 = 20;
+
+/// Prints pods with the end of their logs, claims, snapshots and Events of the namespace to standard error.
+/// What cannot be read is said, and does not hide the rest.
+pub(super) async fn print_state(ns: &Namespace) {
+    eprintln!("--- state of namespace {} in {} ---", ns.name(), ns.cluster().name());
+    let pods: Api<Pod> = ns.api();
+    for pod in list(&pods).await {
+        eprintln!("{}", line(&pod, &["phase", "conditions", "initContainerStatuses", "containerStatuses"]));
+        print_logs(&pods, &pod).await;
+    }
+    for claim in list(&ns.api::<PersistentVolumeClaim>()).await {
+        eprintln!("{}", line(&claim, &["phase", "capacity", "conditions"]));
+    }
+    for snapshot in list(&ns.api::<VolumeSnapshot>()).await {
+        let parts = ["boundVolumeSnapshotContentName", "creationTime", "readyToUse", "restoreSize", "error"];
+        eprintln!("{}", line(&snapshot, &parts));
+    }
+    let mut events = list(&ns.api::<Event>()).await;
+    events.sort_by_key(|event| event.last_timestamp.clone().or_else(|| event.creation_timestamp()));
+    for event in events {
+        let about = &event.involved_object;
+        eprintln!(
+            "Event {} {} {} {}: {}",
+            event.type_.as_deref().unwrap_or("-"),
+            event.reason.as_deref().unwrap_or("-"),
+            about.kind.as_deref().unwrap_or("-"),
+            about.name.as_deref().unwrap_or("-"),
+            event.message.as_deref().unwrap_or("-"),
+        );
+    }
+    eprintln!("--- end of the state of {} ---", ns.name());
+}
+
+async fn list<K>(api: &Api<K>) -> Vec<K>
+where
+    K: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned,
+{
+    match api.list(&ListParams::default()).await {
+        Ok(list) => list.items,
+        Err(err) => {
+            eprintln!("{}: cannot be listed: {err}", K::plural(&()));
+            Vec::new()
+        }
+    }
+}
+
+/// One line: kind, name, the named parts of the status, and whether it is being deleted.
+fn line<K: Resource<DynamicType = ()> + Serialize>(object: &K, parts: &[&str]) -> String {
+    let value = serde_json::to_value(object).unwrap_or_default();
+    let status: serde_json::Map<String, Value> = parts
+        .iter()
+        .filter_map(|part| Some(((*part).to_owned(), value.get("status")?.get(*part)?.clone())))
+        .collect();
+    let deleted = object.meta().deletion_timestamp.as_ref();
+    let deleting = deleted.map(|_| format!(" being deleted, finalizers {:?}", object.finalizers()));
+    format!("{} {} {}{}", K::kind(&()), object.name_any(), json!(status), deleting.unwrap_or_default())
+}
+
+async fn print_logs(pods: &Api<Pod>, pod: &Pod) {
+    let name = pod.name_any();
+    for container in pod.spec.iter().flat_map(|spec| &spec.containers) {
+        let wanted = LogParams {
+            container: Some(container.name.clone()),
+            tail_lines: Some(LOG_LINES),
+            ..LogParams::default()
+        };
+        match pods.logs(&name, &wanted).await {
+            Ok(log) => log.lines().for_each(|line| eprintln!("  {name}/{}: {line}", container.name)),
+            Err(err) => eprintln!("  {name}/{}: no log: {err}", container.name),
+        }
+    }
+}

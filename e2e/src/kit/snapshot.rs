@@ -1,0 +1,75 @@
+//! Snapshots taken by hand, without the agent.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use jiff::Timestamp;
+use kube::api::PostParams;
+use kube::{Api, ResourceExt};
+use sts_backup_api::snapshot::{
+    VolumeSnapshot, VolumeSnapshotContent, VolumeSnapshotSource, VolumeSnapshotSpec,
+};
+
+use super::Namespace;
+use super::condition::await_condition;
+
+/// Asks for a snapshot of the claim `claim` and returns the request as created; it is not cut yet.
+///
+/// # Errors
+/// When the API server refuses it.
+pub async fn take_snapshot(ns: &Namespace, name: &str, claim: &str, class: &str) -> Result<VolumeSnapshot> {
+    let wanted = VolumeSnapshot::new(
+        name,
+        VolumeSnapshotSpec {
+            source: VolumeSnapshotSource {
+                persistent_volume_claim_name: Some(claim.to_owned()),
+                volume_snapshot_content_name: None,
+            },
+            volume_snapshot_class_name: Some(class.to_owned()),
+        },
+    );
+    let snapshots: Api<VolumeSnapshot> = ns.api();
+    snapshots
+        .create(&PostParams::default(), &wanted)
+        .await
+        .with_context(|| format!("create the VolumeSnapshot {}/{name}", ns.name()))
+}
+
+/// The storage's side of a snapshot that is bound.
+///
+/// # Errors
+/// When the snapshot has no content yet, or the content cannot be read.
+pub async fn content_of(ns: &Namespace, snapshot: &VolumeSnapshot) -> Result<VolumeSnapshotContent> {
+    let status = snapshot.status.as_ref();
+    let name = status
+        .and_then(|status| status.bound_volume_snapshot_content_name.as_deref())
+        .with_context(|| format!("VolumeSnapshot {} is not bound to a content", snapshot.name_any()))?;
+    let contents: Api<VolumeSnapshotContent> = Api::all(ns.cluster().client());
+    contents.get(name).await.with_context(|| format!("read the VolumeSnapshotContent {name}"))
+}
+
+/// When the storage cut a snapshot, to the nanosecond; the `VolumeSnapshot` itself only has whole seconds.
+///
+/// # Errors
+/// When the snapshot is not cut, or its content cannot be read.
+pub async fn cut_time(ns: &Namespace, snapshot: &VolumeSnapshot) -> Result<Timestamp> {
+    let content = content_of(ns, snapshot).await?;
+    let nanoseconds = content
+        .status
+        .and_then(|status| status.creation_time)
+        .with_context(|| format!("VolumeSnapshot {} is not cut", snapshot.name_any()))?;
+    Ok(Timestamp::from_nanosecond(nanoseconds.into())?)
+}
+
+/// Waits for a state of the snapshot `name`: [`await_condition`] with the usual timeout of a minute.
+///
+/// # Errors
+/// When it is not reached in time.
+pub async fn await_snapshot(
+    ns: &Namespace,
+    name: &str,
+    what: &str,
+    holds: impl Fn(&VolumeSnapshot) -> bool,
+) -> Result<VolumeSnapshot> {
+    await_condition(&ns.api(), name, what, Duration::from_mins(1), holds).await
+}

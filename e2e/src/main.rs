@@ -1,0 +1,187 @@
+//! `cargo e2e`: makes real clusters, runs the end-to-end tests on them and takes them away.
+
+use std::io::Write;
+use std::process::{ExitCode, Stdio};
+
+use anyhow::{Context, Result, bail};
+use clap::{CommandFactory, Parser, Subcommand, ValueEnum};
+use sts_backup_e2e::harness::{Harness, clusters, machine};
+
+/// Makes real Kubernetes clusters and tests sts-backup on them.
+#[derive(Parser)]
+#[command(name = "cargo e2e", bin_name = "cargo e2e", version, disable_help_subcommand = true)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Make clusters, or those that are missing
+    Up {
+        /// How many must run; more that run already are kept
+        #[arg(long, default_value_t = 1)]
+        clusters: usize,
+    },
+    /// Show what runs
+    Status {
+        /// How to print it
+        #[arg(long, short, value_enum, default_value_t = Format::Table)]
+        output: Format,
+    },
+    /// Print the path of a cluster's kubeconfig
+    Kubeconfig {
+        /// The cluster's name, or its number
+        #[arg(default_value = "1")]
+        cluster: String,
+    },
+    /// Make the clusters that tests need and run the end-to-end tests
+    Test {
+        /// smoke: what CI runs. full: everything
+        #[arg(long, value_enum, default_value_t = Tier::Smoke)]
+        tier: Tier,
+        /// Run only tests whose name contains this
+        filter: Option<String>,
+    },
+    /// Delete the clusters and everything they left on the machine but the cache
+    Down {
+        /// Also delete the cache: what was downloaded and built
+        #[arg(long)]
+        purge: bool,
+    },
+    /// Find, pull or build the node image, and print its name
+    NodeImage,
+    /// Print a completion script for a shell
+    Completion {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Format {
+    Table,
+    Json,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Tier {
+    Smoke,
+    Full,
+}
+
+/// How many clusters the tests need.
+const TEST_CLUSTERS: usize = 2;
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    match run(Arguments::parse().command).await {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn run(command: Command) -> Result<ExitCode> {
+    match command {
+        Command::Up { clusters: count } => {
+            let harness = Harness::open()?;
+            let _lock = harness.lock()?;
+            for name in clusters::up(&harness, count).await? {
+                println!("{name}\t{}", harness.paths.kubeconfig(&name).display());
+            }
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Status { output } => {
+            print_status(&clusters::status(&Harness::open()?).await?, output)?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Kubeconfig { cluster } => {
+            let name = cluster.parse().map_or(cluster, clusters::cluster_name);
+            let path = Harness::open()?.paths.kubeconfig(&name);
+            if !path.exists() {
+                bail!("there is no cluster {name}: run cargo e2e up, and see cargo e2e status");
+            }
+            println!("{}", path.display());
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Test { tier, filter } => {
+            let harness = Harness::open()?;
+            {
+                let _lock = harness.lock()?;
+                clusters::up(&harness, TEST_CLUSTERS).await?;
+            }
+            test(tier, filter.as_deref()).await
+        }
+        Command::Down { purge } => {
+            let harness = Harness::open()?;
+            let _lock = harness.lock()?;
+            clusters::down(&harness).await?;
+            if purge {
+                std::fs::remove_dir_all(harness.paths.root())
+                    .with_context(|| format!("remove {}", harness.paths.root().display()))?;
+            }
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::NodeImage => {
+            let harness = Harness::open()?;
+            let _lock = harness.lock()?;
+            println!("{}", clusters::make_node_image(&harness).await?);
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Completion { shell } => {
+            clap_complete::generate(shell, &mut Arguments::command(), "cargo-e2e", &mut std::io::stdout());
+            Ok(ExitCode::SUCCESS)
+        }
+    }
+}
+
+/// Runs the tests by cargo. A tier is a set of this crate's test targets, whose tests a plain `cargo test`
+/// leaves out as ignored; the filter is cargo's own.
+async fn test(tier: Tier, filter: Option<&str>) -> Result<ExitCode> {
+    let mut passed = cargo_test("smoke", &[], filter).await?;
+    if tier == Tier::Full {
+        // The last ones remake the clusters, and so run alone.
+        passed &= cargo_test("harness", &["--test-threads=1"], filter).await?;
+    }
+    Ok(if passed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+async fn cargo_test(target: &str, options: &[&str], filter: Option<&str>) -> Result<bool> {
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let mut tests = tokio::process::Command::new(cargo);
+    tests.args(["test", "--package", "sts-backup-e2e", "--test", target, "--", "--ignored"]);
+    tests.args(options).args(filter);
+    // An error's own words say what went wrong; a backtrace through the test's futures does not.
+    let status = tests.env("RUST_LIB_BACKTRACE", "0").stdin(Stdio::null()).status().await;
+    Ok(status.context("start cargo test")?.success())
+}
+
+fn print_status(status: &clusters::Status, output: Format) -> Result<()> {
+    let mut out = std::io::stdout().lock();
+    if output == Format::Json {
+        writeln!(out, "{}", serde_json::to_string_pretty(status)?)?;
+        return Ok(());
+    }
+    writeln!(out, "Docker engine  {}", status.engine.unwrap_or("none"))?;
+    writeln!(out, "Cache          {}", machine::gib(status.cache_bytes))?;
+    if status.clusters.is_empty() {
+        writeln!(out, "No clusters: cargo e2e up makes one")?;
+        return Ok(());
+    }
+    writeln!(out, "\n{:<14}{:<16}{:<10}{:<12}KUBECONFIG", "CLUSTER", "STATE", "VERSION", "MEMORY")?;
+    for cluster in &status.clusters {
+        writeln!(
+            out,
+            "{:<14}{:<16}{:<10}{:<12}{}",
+            cluster.name,
+            cluster.state,
+            cluster.version.as_deref().unwrap_or("-"),
+            cluster.memory.as_deref().unwrap_or("-"),
+            cluster.kubeconfig.display()
+        )?;
+    }
+    Ok(())
+}
