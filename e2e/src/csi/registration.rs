@@ -1,5 +1,9 @@
 //! The kubelet's plugin registration: tells it the driver's name and CSI socket, in place of the
 //! node-driver-registrar sidecar. The kubelet itself repeats a registration that failed.
+//!
+//! The kubelet sends the registration socket's path, percent-encoded, as HTTP/2 `:authority`. The `http`
+//! crate below tonic refuses a percent sign in a host but not in a user name,
+//! so the socket's file name has an `@`: all before it is then the user name.
 
 use std::path::Path;
 

@@ -3,5 +3,6 @@
 //! They are fast and need no agent and no hub. `cargo e2e test` makes the clusters and runs them.
 
 mod clusters;
+mod conformance;
 mod faults;
 mod snapshots;
