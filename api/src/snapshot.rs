@@ -2,7 +2,8 @@
 //! or writes.
 //!
 //! The CRDs belong to <https://github.com/kubernetes-csi/external-snapshotter> (`snapshot.storage.k8s.io/v1`);
-//! fields not named here are left as they are in the cluster and dropped when read.
+//! fields not named here are dropped when read. So change an object by a patch, which leaves them as they are
+//! in the cluster; a replacement would remove them.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;

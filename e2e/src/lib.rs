@@ -1,6 +1,9 @@
 //! Real clusters and what tests need on them: the [`harness`] that makes clusters, the test [`csi`] driver
-//! that runs in them, and the test [`kit`].
+//! that runs in them, and the test [`kit`]. Harness and kit share how to reach a cluster ([`kubeconfig`]) and
+//! how to wait for its states ([`condition`]).
 
+pub mod condition;
 pub mod csi;
 pub mod harness;
 pub mod kit;
+pub mod kubeconfig;

@@ -4,7 +4,7 @@ use std::io::Write;
 use std::process::{ExitCode, Stdio};
 
 use anyhow::{Context, Result, bail};
-use clap::{CommandFactory, Parser, Subcommand, ValueEnum};
+use clap::{Parser, Subcommand, ValueEnum};
 use sts_backup_e2e::harness::{Harness, clusters, machine};
 
 /// Makes real Kubernetes clusters and tests sts-backup on them.
@@ -51,11 +51,6 @@ enum Command {
     },
     /// Find, pull or build the node image, and print its name
     NodeImage,
-    /// Print a completion script for a shell
-    Completion {
-        /// The shell
-        shell: clap_complete::Shell,
-    },
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -118,21 +113,13 @@ async fn run(command: Command) -> Result<ExitCode> {
         Command::Down { purge } => {
             let harness = Harness::open()?;
             let _lock = harness.lock()?;
-            clusters::down(&harness).await?;
-            if purge {
-                std::fs::remove_dir_all(harness.paths.root())
-                    .with_context(|| format!("remove {}", harness.paths.root().display()))?;
-            }
+            clusters::down(&harness, purge).await?;
             Ok(ExitCode::SUCCESS)
         }
         Command::NodeImage => {
             let harness = Harness::open()?;
             let _lock = harness.lock()?;
             println!("{}", clusters::make_node_image(&harness).await?);
-            Ok(ExitCode::SUCCESS)
-        }
-        Command::Completion { shell } => {
-            clap_complete::generate(shell, &mut Arguments::command(), "cargo-e2e", &mut std::io::stdout());
             Ok(ExitCode::SUCCESS)
         }
     }

@@ -5,6 +5,6 @@ use jiff::Timestamp;
 /// The present moment.
 #[must_use]
 #[expect(clippy::disallowed_methods, reason = "the driver's one clock")]
-pub fn now() -> Timestamp {
+pub(super) fn now() -> Timestamp {
     Timestamp::now()
 }

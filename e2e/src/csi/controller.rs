@@ -1,8 +1,9 @@
 //! CSI's Controller service: creates, deletes and lists volumes and snapshots. It gathers facts, lets
 //! [`decide`](super::decide) choose, and does the steps; it must not decide itself.
 //!
-//! A call holds an object's lock only while it looks and acts, not while it waits for a delay, so that
-//! a deletion is never held up. An action that has begun goes on if the caller gives up.
+//! A call holds an object's lock only while it looks and acts, not while it waits for a delay, so the
+//! driver never holds up a deletion; csi-snapshotter itself asks for none while its creation is outstanding.
+//! An action that has begun goes on if the caller gives up.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -36,7 +37,7 @@ use super::{Driver, blocking, clock, finish, node};
 
 /// The Controller service.
 #[derive(Debug)]
-pub struct ControllerService {
+pub(super) struct ControllerService {
     driver: Arc<Driver>,
     calls: CallCounters,
 }
@@ -44,7 +45,7 @@ pub struct ControllerService {
 impl ControllerService {
     /// Serves the driver's volumes and snapshots.
     #[must_use]
-    pub fn new(driver: Arc<Driver>) -> Self {
+    pub(super) fn new(driver: Arc<Driver>) -> Self {
         Self { driver, calls: CallCounters::default() }
     }
 
@@ -74,7 +75,6 @@ impl ControllerService {
         refuse_unsupported(&volume_capabilities)?;
         let faults = VolumeFaults::parse(&parameters)?;
         let source = wanted_source(volume_content_source)?;
-        self.fail_on_demand(CallKind::Volume, &parameters, faults.fail_on_call)?;
         refuse_other_nodes(accessibility_requirements.as_ref(), &self.driver.node_name)?;
         let id = VolumeId::of_name(&name);
         let wish = VolumeWish { name, range: capacity_range.unwrap_or_default(), source, faults };
@@ -84,6 +84,9 @@ impl ControllerService {
             let driver = Arc::clone(&self.driver);
             let turn = driver.locks.lock(&id).await;
             let facts = volume_facts(&driver, &id, wish.source.clone(), waited).await?;
+            if !waited && !facts.made {
+                self.fail_on_demand(CallKind::Volume, &parameters, wish.faults.fail_on_call)?;
+            }
             match next_volume_step(&wish, facts, clock::now())? {
                 VolumeStep::Record(record) => to_the_end(turn, record_volume(driver, record)).await?,
                 VolumeStep::Wait { until } => {
@@ -117,7 +120,6 @@ impl ControllerService {
         required("name", &name)?;
         required("source volume id", &source_volume_id)?;
         let faults = SnapshotFaults::parse(&parameters)?;
-        self.fail_on_demand(CallKind::Snapshot, &parameters, faults.fail_on_call)?;
         let id = SnapshotId::of_name(&name);
         let wish = SnapshotWish { name, source: VolumeId::parse(&source_volume_id), faults };
 
@@ -126,6 +128,9 @@ impl ControllerService {
             let driver = Arc::clone(&self.driver);
             let turn = driver.locks.lock(&id).await;
             let facts = snapshot_facts(&driver, &id, wish.source.clone(), waited).await?;
+            if !waited && !facts.is_cut() {
+                self.fail_on_demand(CallKind::Snapshot, &parameters, wish.faults.fail_on_call)?;
+            }
             let now = clock::now();
             match next_snapshot_step(&wish, facts, now)? {
                 SnapshotStep::Record(record) => to_the_end(turn, record_snapshot(driver, record)).await?,
@@ -227,7 +232,7 @@ async fn sleep_until(until: Timestamp) {
 }
 
 fn volume(driver: &Driver, record: VolumeRecord) -> Volume {
-    let VolumeRecord { id, name: _, capacity_bytes, source, requested_at: _, due_at: _ } = record;
+    let VolumeRecord { id, name: _, capacity_bytes, source, due_at: _ } = record;
     let content_source = source.map(|id| VolumeContentSource {
         r#type: Some(SourceType::Snapshot(SnapshotSource { snapshot_id: id.to_string() })),
     });
@@ -241,16 +246,7 @@ fn volume(driver: &Driver, record: VolumeRecord) -> Volume {
 
 fn snapshot(record: SnapshotRecord, now: Timestamp) -> Snapshot {
     let ready_to_use = record.is_ready(now);
-    let SnapshotRecord {
-        id,
-        name: _,
-        source,
-        size_bytes,
-        requested_at: _,
-        due_at: _,
-        ready_delay: _,
-        cut_at,
-    } = record;
+    let SnapshotRecord { id, name: _, source, size_bytes, due_at: _, ready_delay: _, cut_at } = record;
     Snapshot {
         size_bytes,
         snapshot_id: id.to_string(),

@@ -12,37 +12,37 @@ use super::proto::csi::{CapacityRange, TopologyRequirement, VolumeCapability};
 use super::records::{SnapshotId, SnapshotRecord, VolumeId, VolumeRecord};
 
 /// Nominal size in bytes of a volume whose request names none.
-pub const DEFAULT_CAPACITY_BYTES: i64 = 1 << 30;
+pub(super) const DEFAULT_CAPACITY_BYTES: i64 = 1 << 30;
 
 /// A volume as a caller wants it.
 #[derive(Debug, Clone)]
-pub struct VolumeWish {
+pub(super) struct VolumeWish {
     /// CSI name.
-    pub name: String,
+    pub(super) name: String,
     /// Bytes.
-    pub range: CapacityRange,
+    pub(super) range: CapacityRange,
     /// The snapshot it starts from; `None`: empty.
-    pub source: Option<SnapshotId>,
+    pub(super) source: Option<SnapshotId>,
     /// The class's faults.
-    pub faults: VolumeFaults,
+    pub(super) faults: VolumeFaults,
 }
 
 /// What is known about a requested volume.
 #[derive(Debug, Clone, Default)]
-pub struct VolumeFacts {
+pub(super) struct VolumeFacts {
     /// Its record, if it was requested before.
-    pub record: Option<VolumeRecord>,
+    pub(super) record: Option<VolumeRecord>,
     /// Whether its subvolume exists.
-    pub made: bool,
+    pub(super) made: bool,
     /// Whether this very call has already seen a record of it.
-    pub waited: bool,
+    pub(super) waited: bool,
     /// The record of the wanted source, if that snapshot exists.
-    pub source: Option<SnapshotRecord>,
+    pub(super) source: Option<SnapshotRecord>,
 }
 
 /// What to do next about a requested volume.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum VolumeStep {
+pub(super) enum VolumeStep {
     /// Remember the request.
     Record(VolumeRecord),
     /// Its time has not come.
@@ -61,7 +61,11 @@ pub enum VolumeStep {
 /// # Errors
 /// `ALREADY_EXISTS` for another volume of that name, `NOT_FOUND` or `UNAVAILABLE` for its source,
 /// `OUT_OF_RANGE` or `INVALID_ARGUMENT` for its size, `ABORTED` if it was deleted while waiting.
-pub fn next_volume_step(wish: &VolumeWish, facts: VolumeFacts, now: Timestamp) -> Result<VolumeStep, Status> {
+pub(super) fn next_volume_step(
+    wish: &VolumeWish,
+    facts: VolumeFacts,
+    now: Timestamp,
+) -> Result<VolumeStep, Status> {
     let VolumeFacts { record, made, waited, source } = facts;
     let Some(record) = record else {
         if waited {
@@ -73,7 +77,6 @@ pub fn next_volume_step(wish: &VolumeWish, facts: VolumeFacts, now: Timestamp) -
             name: wish.name.clone(),
             capacity_bytes: capacity(&wish.range, least)?,
             source: wish.source.clone(),
-            requested_at: now,
             due_at: due(now, wish.faults.provision_delay),
         }));
     };
@@ -147,31 +150,38 @@ fn capacity(range: &CapacityRange, least: Option<i64>) -> Result<i64, Status> {
 
 /// A snapshot as a caller wants it.
 #[derive(Debug, Clone)]
-pub struct SnapshotWish {
+pub(super) struct SnapshotWish {
     /// CSI name.
-    pub name: String,
+    pub(super) name: String,
     /// The volume it is of; `None` if the caller's id is not of our form, so that no such volume exists.
-    pub source: Option<VolumeId>,
+    pub(super) source: Option<VolumeId>,
     /// The class's faults.
-    pub faults: SnapshotFaults,
+    pub(super) faults: SnapshotFaults,
 }
 
 /// What is known about a requested snapshot.
 #[derive(Debug, Clone, Default)]
-pub struct SnapshotFacts {
+pub(super) struct SnapshotFacts {
     /// Its record, if it was requested before.
-    pub record: Option<SnapshotRecord>,
+    pub(super) record: Option<SnapshotRecord>,
     /// Whether its subvolume exists.
-    pub on_disk: bool,
+    pub(super) on_disk: bool,
     /// Whether this very call has already seen a record of it.
-    pub waited: bool,
+    pub(super) waited: bool,
     /// The nominal size in bytes of the source volume, if that exists.
-    pub source_bytes: Option<i64>,
+    pub(super) source_bytes: Option<i64>,
+}
+
+impl SnapshotFacts {
+    /// Whether the snapshot exists: a subvolume without a time of cut is the leftover of a crash.
+    pub(super) fn is_cut(&self) -> bool {
+        self.on_disk && self.record.as_ref().is_some_and(|record| record.cut_at.is_some())
+    }
 }
 
 /// What to do next about a requested snapshot.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum SnapshotStep {
+pub(super) enum SnapshotStep {
     /// Remember the request.
     Record(SnapshotRecord),
     /// Its time has not come.
@@ -195,11 +205,12 @@ pub enum SnapshotStep {
 /// # Errors
 /// `ALREADY_EXISTS` for a snapshot of that name of another volume, `NOT_FOUND` for the volume,
 /// `ABORTED` if it was deleted while waiting.
-pub fn next_snapshot_step(
+pub(super) fn next_snapshot_step(
     wish: &SnapshotWish,
     facts: SnapshotFacts,
     now: Timestamp,
 ) -> Result<SnapshotStep, Status> {
+    let is_cut = facts.is_cut();
     let SnapshotFacts { record, on_disk, waited, source_bytes } = facts;
     let source = wish.source.as_ref().zip(source_bytes);
     let no_source = || Status::not_found("the source volume does not exist");
@@ -216,7 +227,6 @@ pub fn next_snapshot_step(
             name: wish.name.clone(),
             source: source.clone(),
             size_bytes,
-            requested_at: now,
             due_at: due(now, wish.faults.cut_delay),
             ready_delay: wish.faults.ready_delay,
             cut_at: None,
@@ -228,7 +238,7 @@ pub fn next_snapshot_step(
             wish.name, record.source
         )));
     }
-    if on_disk && record.cut_at.is_some() {
+    if is_cut {
         return Ok(SnapshotStep::Answer(record));
     }
     if now < record.due_at {
@@ -242,7 +252,7 @@ pub fn next_snapshot_step(
 ///
 /// # Errors
 /// `INVALID_ARGUMENT`, saying which capability and why.
-pub fn refuse_unsupported(capabilities: &[VolumeCapability]) -> Result<(), Status> {
+pub(super) fn refuse_unsupported(capabilities: &[VolumeCapability]) -> Result<(), Status> {
     if capabilities.is_empty() {
         return Err(Status::invalid_argument("volume capabilities are missing"));
     }
@@ -282,7 +292,7 @@ pub fn refuse_unsupported(capabilities: &[VolumeCapability]) -> Result<(), Statu
 
 /// The capability's access mode; unknown numbers are `Unknown`.
 #[must_use]
-pub fn access_mode(capability: &VolumeCapability) -> Mode {
+pub(super) fn access_mode(capability: &VolumeCapability) -> Mode {
     capability.access_mode.map_or(Mode::Unknown, |mode| mode.mode())
 }
 
@@ -290,7 +300,10 @@ pub fn access_mode(capability: &VolumeCapability) -> Mode {
 ///
 /// # Errors
 /// `RESOURCE_EXHAUSTED`, naming this driver's node.
-pub fn refuse_other_nodes(requirement: Option<&TopologyRequirement>, node: &str) -> Result<(), Status> {
+pub(super) fn refuse_other_nodes(
+    requirement: Option<&TopologyRequirement>,
+    node: &str,
+) -> Result<(), Status> {
     let Some(TopologyRequirement { requisite, preferred }) = requirement else { return Ok(()) };
     let named = if requisite.is_empty() { preferred } else { requisite };
     let here = |segments: &std::collections::HashMap<String, String>| {
@@ -309,7 +322,7 @@ pub fn refuse_other_nodes(requirement: Option<&TopologyRequirement>, node: &str)
 ///
 /// # Errors
 /// `ABORTED` for a token that this driver never gave out, `INVALID_ARGUMENT` for a negative `most`.
-pub fn page_of_snapshots(
+pub(super) fn page_of_snapshots(
     mut snapshots: Vec<SnapshotRecord>,
     token: &str,
     most: i32,

@@ -30,7 +30,6 @@ fn volume_record(wish: &VolumeWish) -> VolumeRecord {
         name: wish.name.clone(),
         capacity_bytes: GIB,
         source: wish.source.clone(),
-        requested_at: at(0),
         due_at: at(30),
     }
 }
@@ -47,7 +46,6 @@ fn snapshot_record(cut_at: Option<Timestamp>) -> SnapshotRecord {
         name: "snapshot-1".to_owned(),
         source: VolumeId::of_name("pvc-1"),
         size_bytes: GIB,
-        requested_at: at(0),
         due_at: at(10),
         ready_delay: ReadyDelay::After(Duration::from_mins(1)),
         cut_at,
@@ -152,6 +150,7 @@ fn a_subvolume_whose_time_of_cut_a_crash_lost_is_cut_anew() {
         waited: false,
         source_bytes: Some(GIB),
     };
+    assert!(!facts.is_cut());
     let step = next_snapshot_step(&snapshot_wish(), facts, at(20)).unwrap();
     assert_eq!(step, SnapshotStep::Cut { record: snapshot_record(None), discard: true });
 }
@@ -160,6 +159,7 @@ fn a_subvolume_whose_time_of_cut_a_crash_lost_is_cut_anew() {
 fn a_cut_snapshot_is_answered_even_if_its_volume_is_gone() {
     let record = snapshot_record(Some(at(10)));
     let facts = SnapshotFacts { record: Some(record.clone()), on_disk: true, ..SnapshotFacts::default() };
+    assert!(facts.is_cut());
     assert_eq!(next_snapshot_step(&snapshot_wish(), facts, at(20)).unwrap(), SnapshotStep::Answer(record));
 }
 

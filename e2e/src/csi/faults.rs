@@ -9,8 +9,13 @@
 //! | both | `failOnCall` | `2` or `1-3`: these create calls fail with INTERNAL |
 //! | both | `scope` | any text: gives a test call numbers of its own |
 //!
-//! Times are like `30s`, `500ms` or `1m30s`. Calls are numbered from 1 for each set of equal class
-//! parameters; every call with well-formed arguments counts, repeated ones too.
+//! Times are like `30s`, `500ms` or `1m30s`, at most 4 minutes: a call waits for its delay, and a sidecar
+//! gives a call up after 5. Nothing is deleted while its creation is outstanding: csi-snapshotter waits for
+//! the end of the call, so a snapshot that is never cut but can be deleted is `failOnCall: "1-999999"`.
+//!
+//! Calls are numbered from 1 for each set of equal class parameters. A call counts if its arguments are
+//! well-formed and the object does not exist yet: csi-snapshotter asks whether a snapshot is ready by
+//! repeating the call that made it.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Mutex, PoisonError};
@@ -28,11 +33,12 @@ const SNAPSHOT_PARAMETERS: &[&str] = &["cutDelay", "readyDelay", "failOnCall", "
 /// Those of the class itself, in the order of their keys.
 type ClassParameters = BTreeMap<String, String>;
 
-const LONGEST_DELAY: SignedDuration = SignedDuration::from_hours(24);
+/// Shorter than the `--timeout` of the sidecars in e2e/manifests/csi-driver.yaml.
+const LONGEST_DELAY: SignedDuration = SignedDuration::from_mins(4);
 
 /// A class parameter that the driver refuses. Shows the key, never an unknown key's value.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
-pub enum ParameterError {
+pub(super) enum ParameterError {
     /// The driver has no such parameter.
     #[error("parameter {key} is unknown; this class may have: {known}")]
     Unknown {
@@ -41,8 +47,10 @@ pub enum ParameterError {
         /// All keys of this kind of class, comma-separated.
         known: String,
     },
-    /// Not a time between zero and 24 hours.
-    #[error("parameter {key} is {value:?}: expected a time like 30s or 500ms, at most 24h")]
+    /// Not a time between zero and 4 minutes.
+    #[error(
+        "parameter {key} is {value:?}: expected a time like 30s or 500ms, at most 4m as the sidecars give a call up after 5m"
+    )]
     Duration {
         /// The key.
         key: &'static str,
@@ -59,7 +67,7 @@ pub enum ParameterError {
 
 /// When a snapshot that has been cut becomes ready to use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub enum ReadyDelay {
+pub(super) enum ReadyDelay {
     /// This long after the cut.
     After(Duration),
     /// It stays unready for good.
@@ -69,7 +77,7 @@ pub enum ReadyDelay {
 impl ReadyDelay {
     /// Whether a snapshot cut at `cut_at` is ready at `now`.
     #[must_use]
-    pub fn is_over(self, cut_at: Timestamp, now: Timestamp) -> bool {
+    pub(super) fn is_over(self, cut_at: Timestamp, now: Timestamp) -> bool {
         match self {
             Self::After(delay) => now >= due(cut_at, delay),
             Self::Never => false,
@@ -79,7 +87,7 @@ impl ReadyDelay {
 
 /// The moment a delay ends: `start` plus `delay`, or the end of time.
 #[must_use]
-pub fn due(start: Timestamp, delay: Duration) -> Timestamp {
+pub(super) fn due(start: Timestamp, delay: Duration) -> Timestamp {
     SignedDuration::try_from(delay)
         .ok()
         .and_then(|delay| start.checked_add(delay).ok())
@@ -88,7 +96,7 @@ pub fn due(start: Timestamp, delay: Duration) -> Timestamp {
 
 /// Numbers of calls, from 1, both ends included.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct CallRange {
+pub(super) struct CallRange {
     first: u64,
     last: u64,
 }
@@ -96,7 +104,7 @@ pub struct CallRange {
 impl CallRange {
     /// Whether the call with this number is among them.
     #[must_use]
-    pub fn contains(self, call: u64) -> bool {
+    pub(super) fn contains(self, call: u64) -> bool {
         (self.first..=self.last).contains(&call)
     }
 
@@ -113,11 +121,11 @@ impl CallRange {
 
 /// What a `StorageClass` asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct VolumeFaults {
+pub(super) struct VolumeFaults {
     /// Time from the first request for a volume until it is made.
-    pub provision_delay: Duration,
+    pub(super) provision_delay: Duration,
     /// `CreateVolume` calls that fail.
-    pub fail_on_call: Option<CallRange>,
+    pub(super) fail_on_call: Option<CallRange>,
 }
 
 impl VolumeFaults {
@@ -125,7 +133,7 @@ impl VolumeFaults {
     ///
     /// # Errors
     /// An unknown parameter or a malformed value.
-    pub fn parse(parameters: &HashMap<String, String>) -> Result<Self, ParameterError> {
+    pub(super) fn parse(parameters: &HashMap<String, String>) -> Result<Self, ParameterError> {
         refuse_unknown(parameters, VOLUME_PARAMETERS)?;
         Ok(Self {
             provision_delay: delay(parameters, "provisionDelay")?,
@@ -136,13 +144,13 @@ impl VolumeFaults {
 
 /// What a `VolumeSnapshotClass` asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct SnapshotFaults {
+pub(super) struct SnapshotFaults {
     /// Time from the first request for a snapshot until it is cut.
-    pub cut_delay: Duration,
+    pub(super) cut_delay: Duration,
     /// Time from the cut until the snapshot is ready.
-    pub ready_delay: ReadyDelay,
+    pub(super) ready_delay: ReadyDelay,
     /// `CreateSnapshot` calls that fail.
-    pub fail_on_call: Option<CallRange>,
+    pub(super) fail_on_call: Option<CallRange>,
 }
 
 impl SnapshotFaults {
@@ -150,7 +158,7 @@ impl SnapshotFaults {
     ///
     /// # Errors
     /// An unknown parameter or a malformed value.
-    pub fn parse(parameters: &HashMap<String, String>) -> Result<Self, ParameterError> {
+    pub(super) fn parse(parameters: &HashMap<String, String>) -> Result<Self, ParameterError> {
         refuse_unknown(parameters, SNAPSHOT_PARAMETERS)?;
         let never = parameters.get("readyDelay").is_some_and(|value| value == "never");
         Ok(Self {
@@ -195,7 +203,7 @@ fn fail_on_call(parameters: &HashMap<String, String>) -> Result<Option<CallRange
 
 /// What a counted call creates; volumes and snapshots are numbered apart.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum CallKind {
+pub(super) enum CallKind {
     /// `CreateVolume`.
     Volume,
     /// `CreateSnapshot`.
@@ -204,13 +212,13 @@ pub enum CallKind {
 
 /// How often each set of equal class parameters has been used since the driver started.
 #[derive(Debug, Default)]
-pub struct CallCounters {
+pub(super) struct CallCounters {
     calls: Mutex<BTreeMap<(CallKind, ClassParameters), u64>>,
 }
 
 impl CallCounters {
     /// Counts a call; returns its number, from 1.
-    pub fn count(&self, kind: CallKind, parameters: &HashMap<String, String>) -> u64 {
+    pub(super) fn count(&self, kind: CallKind, parameters: &HashMap<String, String>) -> u64 {
         let mut calls = self.calls.lock().unwrap_or_else(PoisonError::into_inner);
         let number = calls.entry((kind, class_parameters(parameters))).or_default();
         *number += 1;
@@ -240,8 +248,8 @@ mod tests {
             ("30s", Some(Duration::from_secs(30))),
             ("500ms", Some(Duration::from_millis(500))),
             ("1m30s", Some(Duration::from_secs(90))),
-            ("24h", Some(Duration::from_hours(24))),
-            ("25h", None),
+            ("4m", Some(Duration::from_mins(4))),
+            ("4m1s", None),
             ("-1s", None),
             ("5", None),
             ("", None),

@@ -12,7 +12,7 @@ use super::proto::csi::{
 
 /// The Identity service.
 #[derive(Debug, Clone, Copy)]
-pub struct IdentityService;
+pub(super) struct IdentityService;
 
 #[async_trait]
 impl Identity for IdentityService {

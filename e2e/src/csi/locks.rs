@@ -8,13 +8,13 @@ use tokio::sync::{Mutex as AsyncMutex, OwnedMutexGuard};
 
 /// Locks by id.
 #[derive(Debug, Default)]
-pub struct Locks {
+pub(super) struct Locks {
     by_id: Mutex<HashMap<String, Arc<AsyncMutex<()>>>>,
 }
 
 impl Locks {
     /// Waits for the object's lock. The guard may outlive the call that took it.
-    pub async fn lock(&self, id: &impl AsRef<str>) -> OwnedMutexGuard<()> {
+    pub(super) async fn lock(&self, id: &impl AsRef<str>) -> OwnedMutexGuard<()> {
         let lock = {
             let mut by_id = self.by_id.lock().unwrap_or_else(PoisonError::into_inner);
             // A lock of which only the map knows is neither held nor waited for.

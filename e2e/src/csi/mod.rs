@@ -1,21 +1,21 @@
 //! The test CSI driver: real volumes and atomic snapshots on btrfs, without any image to pull, and
-//! faults on demand (see [`faults`]) so that tests can make a storage system slow or broken. One driver
+//! faults on demand (see `faults`) so that tests can make a storage system slow or broken. One driver
 //! serves one node: its volumes are usable there only. Sizes are nominal; nothing enforces them.
 //!
-//! A request goes from [`controller`] or [`node`] to [`decide`], which is pure, and its steps are done
-//! on [`pool`] and [`records`]. Not for production: it never repairs a pool and trusts its callers.
+//! A request goes from `controller` or `node` to `decide`, which is pure, and its steps are done
+//! on `pool` and `records`. Not for production: it never repairs a pool and trusts its callers.
 
-pub mod clock;
-pub mod controller;
-pub mod decide;
-pub mod faults;
-pub mod identity;
-pub mod locks;
-pub mod mounts;
-pub mod node;
-pub mod pool;
-pub mod records;
-pub mod registration;
+mod clock;
+mod controller;
+mod decide;
+mod faults;
+mod identity;
+mod locks;
+mod mounts;
+mod node;
+mod pool;
+mod records;
+mod registration;
 mod steps;
 
 use std::error::Error;
@@ -39,6 +39,7 @@ use faults::ParameterError;
 use identity::IdentityService;
 use locks::Locks;
 use node::NodeService;
+pub use pool::POOL_FILE;
 use pool::{Pool, PoolError};
 use proto::csi::controller_server::ControllerServer;
 use proto::csi::identity_server::IdentityServer;
@@ -55,9 +56,9 @@ pub const TOPOLOGY_KEY: &str = "topology.csi.e2e.sts-backup.io/node";
 const GRACE: Duration = Duration::from_secs(5);
 
 /// The gRPC interfaces, generated from `proto/`.
-pub mod proto {
+mod proto {
     /// The Container Storage Interface.
-    pub mod csi {
+    pub(super) mod csi {
         #![allow(
             missing_docs,
             unreachable_pub,
@@ -69,7 +70,7 @@ pub mod proto {
         tonic::include_proto!("csi.v1");
     }
     /// The kubelet's plugin registration.
-    pub mod registration {
+    pub(super) mod registration {
         #![allow(
             missing_docs,
             unreachable_pub,
@@ -108,17 +109,17 @@ pub struct Registration {
 
 /// What all services share.
 #[derive(Debug)]
-pub struct Driver {
+struct Driver {
     /// The node's name.
-    pub node_name: String,
+    node_name: String,
     /// Contents.
-    pub pool: Pool,
+    pool: Pool,
     /// Volumes that were requested.
-    pub volumes: Folder<VolumeRecord>,
+    volumes: Folder<VolumeRecord>,
     /// Snapshots that were requested.
-    pub snapshots: Folder<SnapshotRecord>,
+    snapshots: Folder<SnapshotRecord>,
     /// Turns per object; to be held while an object changes.
-    pub locks: Locks,
+    locks: Locks,
 }
 
 /// Serves until `stop` ends, then lets running calls end for a short while and removes the sockets. The

@@ -9,31 +9,31 @@ use std::path::{Path, PathBuf};
 
 /// One mount.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Mount {
+pub(super) struct Mount {
     /// `major:minor` of the file system.
-    pub device: String,
+    pub(super) device: String,
     /// The directory of the file system that is visible at the mount point.
-    pub root: PathBuf,
+    pub(super) root: PathBuf,
     /// Where it is mounted.
-    pub mount_point: PathBuf,
+    pub(super) target: PathBuf,
     /// Whether this mount, not necessarily its file system, is read-only.
-    pub read_only: bool,
+    pub(super) read_only: bool,
     /// Such as `btrfs`.
-    pub fs_type: String,
+    pub(super) fs_type: String,
 }
 
 /// All mounts, in the order of the kernel.
 ///
 /// # Errors
 /// `/proc/self/mountinfo` cannot be read.
-pub fn read() -> io::Result<Vec<Mount>> {
+pub(super) fn read() -> io::Result<Vec<Mount>> {
     Ok(parse(&fs::read_to_string("/proc/self/mountinfo")?))
 }
 
 /// The topmost mount at exactly this path.
 #[must_use]
-pub fn at<'a>(mounts: &'a [Mount], mount_point: &Path) -> Option<&'a Mount> {
-    mounts.iter().rev().find(|mount| mount.mount_point == mount_point)
+pub(super) fn at<'a>(mounts: &'a [Mount], target: &Path) -> Option<&'a Mount> {
+    mounts.iter().rev().find(|mount| mount.target == target)
 }
 
 fn parse(mountinfo: &str) -> Vec<Mount> {
@@ -47,7 +47,7 @@ fn parse_line(line: &str) -> Option<Mount> {
     Some(Mount {
         device: fields.next()?.to_owned(),
         root: unescape(fields.next()?),
-        mount_point: unescape(fields.next()?),
+        target: unescape(fields.next()?),
         read_only: fields.next()?.split(',').any(|option| option == "ro"),
         fs_type: after.split(' ').next()?.to_owned(),
     })
@@ -93,7 +93,7 @@ mod tests {
             Mount {
                 device: "0:40".to_owned(),
                 root: "/volumes/vol-1".into(),
-                mount_point: "/target dir".into(),
+                target: "/target dir".into(),
                 read_only: true,
                 fs_type: "btrfs".to_owned(),
             }

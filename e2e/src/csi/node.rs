@@ -23,14 +23,14 @@ use super::{Driver, TOPOLOGY_KEY, blocking, finish, mounts};
 
 /// The Node service.
 #[derive(Debug, Clone)]
-pub struct NodeService {
+pub(super) struct NodeService {
     driver: Arc<Driver>,
 }
 
 impl NodeService {
     /// Serves the driver's volumes on its node.
     #[must_use]
-    pub fn new(driver: Arc<Driver>) -> Self {
+    pub(super) fn new(driver: Arc<Driver>) -> Self {
         Self { driver }
     }
 
@@ -96,7 +96,7 @@ fn real(path: &Path) -> Result<PathBuf, Status> {
 fn publish(driver: &Driver, id: &VolumeId, target: &Path, read_only: bool) -> Result<(), Status> {
     fs::create_dir_all(target).map_err(failed("create directory", target))?;
     let target = real(target)?;
-    let mounted_here = driver.pool.mounts_of(id)?.into_iter().rfind(|mount| mount.mount_point == target);
+    let mounted_here = driver.pool.mounts_of(id)?.into_iter().rfind(|mount| mount.target == target);
     let already_read_only = match mounted_here {
         Some(mount) if mount.read_only && !read_only => {
             return Err(Status::already_exists(format!(
@@ -139,7 +139,7 @@ fn unpublish(target: &Path) -> Result<bool, Status> {
     }
     let target = real(target)?;
     let stacked = mounts::read().map_err(failed("read mounts for", &target))?;
-    for _ in stacked.iter().filter(|mount| mount.mount_point == target) {
+    for _ in stacked.iter().filter(|mount| mount.target == target) {
         unmount(&target, UnmountFlags::NOFOLLOW)
             .map_err(io::Error::from)
             .map_err(failed("unmount", &target))?;
@@ -185,6 +185,6 @@ impl Node for NodeService {
 
 /// Where the driver's volumes are usable.
 #[must_use]
-pub fn this_node(driver: &Driver) -> Topology {
+pub(super) fn this_node(driver: &Driver) -> Topology {
     Topology { segments: [(TOPOLOGY_KEY.to_owned(), driver.node_name.clone())].into() }
 }

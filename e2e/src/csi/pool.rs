@@ -26,7 +26,7 @@ const MOUNT_ATTEMPTS: u32 = 5;
 
 /// The pool could not do what was asked.
 #[derive(Debug, Error)]
-pub enum PoolError {
+pub(super) enum PoolError {
     /// A program is missing or not executable.
     #[error("start {program}: is it in PATH?")]
     Start {
@@ -73,7 +73,7 @@ pub const POOL_FILE: &str = "sts-backup-csi-pool.img";
 
 /// The mounted pool.
 #[derive(Debug, Clone)]
-pub struct Pool {
+pub(super) struct Pool {
     mount_point: PathBuf,
 }
 
@@ -83,7 +83,7 @@ impl Pool {
     ///
     /// # Errors
     /// A program is missing, the file system cannot be made or mounted.
-    pub async fn open(dir: &Path, size_bytes: u64) -> Result<Self, PoolError> {
+    pub(super) async fn open(dir: &Path, size_bytes: u64) -> Result<Self, PoolError> {
         let mount_point = dir.join("mnt");
         create_dir(&mount_point)?;
         // The kernel shows real paths.
@@ -113,13 +113,13 @@ impl Pool {
 
     /// Where the driver keeps its records, inside the pool so that they share its fate.
     #[must_use]
-    pub fn records_dir(&self) -> PathBuf {
+    pub(super) fn records_dir(&self) -> PathBuf {
         self.mount_point.join("records")
     }
 
     /// The root directory of a volume, whether it exists or not.
     #[must_use]
-    pub fn volume_path(&self, id: &VolumeId) -> PathBuf {
+    pub(super) fn volume_path(&self, id: &VolumeId) -> PathBuf {
         self.mount_point.join("volumes").join(id.as_ref())
     }
 
@@ -129,13 +129,13 @@ impl Pool {
 
     /// Whether the volume exists. Blocks briefly.
     #[must_use]
-    pub fn has_volume(&self, id: &VolumeId) -> bool {
+    pub(super) fn has_volume(&self, id: &VolumeId) -> bool {
         self.volume_path(id).is_dir()
     }
 
     /// Whether the snapshot exists. Blocks briefly.
     #[must_use]
-    pub fn has_snapshot(&self, id: &SnapshotId) -> bool {
+    pub(super) fn has_snapshot(&self, id: &SnapshotId) -> bool {
         self.snapshot_path(id).is_dir()
     }
 
@@ -143,7 +143,7 @@ impl Pool {
     ///
     /// # Errors
     /// The mounts cannot be read.
-    pub fn mounts_of(&self, id: &VolumeId) -> Result<Vec<Mount>, PoolError> {
+    pub(super) fn mounts_of(&self, id: &VolumeId) -> Result<Vec<Mount>, PoolError> {
         let all = read_mounts()?;
         let device = mounts::at(&all, &self.mount_point).map(|pool| pool.device.clone());
         let root = Path::new("/volumes").join(id.as_ref());
@@ -157,7 +157,7 @@ impl Pool {
     ///
     /// # Errors
     /// btrfs refuses, for instance because it exists or the pool is full.
-    pub async fn make_volume(&self, id: &VolumeId) -> Result<(), PoolError> {
+    pub(super) async fn make_volume(&self, id: &VolumeId) -> Result<(), PoolError> {
         run("btrfs", ["subvolume".as_ref(), "create".as_ref(), self.volume_path(id).as_os_str()]).await
     }
 
@@ -165,7 +165,7 @@ impl Pool {
     ///
     /// # Errors
     /// btrfs refuses, for instance because the snapshot is gone or the pool is full.
-    pub async fn make_volume_from(&self, id: &VolumeId, source: &SnapshotId) -> Result<(), PoolError> {
+    pub(super) async fn make_volume_from(&self, id: &VolumeId, source: &SnapshotId) -> Result<(), PoolError> {
         snapshot(&self.snapshot_path(source), &self.volume_path(id), &[]).await
     }
 
@@ -174,7 +174,7 @@ impl Pool {
     ///
     /// # Errors
     /// btrfs refuses, for instance because the volume is gone.
-    pub async fn cut_snapshot(&self, id: &SnapshotId, source: &VolumeId) -> Result<(), PoolError> {
+    pub(super) async fn cut_snapshot(&self, id: &SnapshotId, source: &VolumeId) -> Result<(), PoolError> {
         snapshot(&self.volume_path(source), &self.snapshot_path(id), &["-r"]).await
     }
 
@@ -182,7 +182,7 @@ impl Pool {
     ///
     /// # Errors
     /// btrfs refuses.
-    pub async fn delete_volume(&self, id: &VolumeId) -> Result<(), PoolError> {
+    pub(super) async fn delete_volume(&self, id: &VolumeId) -> Result<(), PoolError> {
         delete_subvolume(&self.volume_path(id)).await
     }
 
@@ -190,7 +190,7 @@ impl Pool {
     ///
     /// # Errors
     /// btrfs refuses.
-    pub async fn delete_snapshot(&self, id: &SnapshotId) -> Result<(), PoolError> {
+    pub(super) async fn delete_snapshot(&self, id: &SnapshotId) -> Result<(), PoolError> {
         delete_subvolume(&self.snapshot_path(id)).await
     }
 }

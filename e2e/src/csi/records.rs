@@ -33,18 +33,18 @@ fn well_formed(prefix: &str, id: &str) -> bool {
 
 /// The id of a volume, derived from its CSI name, hence the same for every repeated call.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-pub struct VolumeId(String);
+pub(super) struct VolumeId(String);
 
 impl VolumeId {
     /// The id of the volume with this CSI name.
     #[must_use]
-    pub fn of_name(name: &str) -> Self {
+    pub(super) fn of_name(name: &str) -> Self {
         Self(hashed("vol-", name))
     }
 
     /// Reads an id that came back from a caller; `None` if this driver never gave it out.
     #[must_use]
-    pub fn parse(id: &str) -> Option<Self> {
+    pub(super) fn parse(id: &str) -> Option<Self> {
         well_formed("vol-", id).then(|| Self(id.to_owned()))
     }
 }
@@ -63,18 +63,18 @@ impl fmt::Display for VolumeId {
 
 /// The id of a snapshot, derived from its CSI name, hence the same for every repeated call.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-pub struct SnapshotId(String);
+pub(super) struct SnapshotId(String);
 
 impl SnapshotId {
     /// The id of the snapshot with this CSI name.
     #[must_use]
-    pub fn of_name(name: &str) -> Self {
+    pub(super) fn of_name(name: &str) -> Self {
         Self(hashed("snap-", name))
     }
 
     /// Reads an id that came back from a caller; `None` if this driver never gave it out.
     #[must_use]
-    pub fn parse(id: &str) -> Option<Self> {
+    pub(super) fn parse(id: &str) -> Option<Self> {
         well_formed("snap-", id).then(|| Self(id.to_owned()))
     }
 }
@@ -93,54 +93,50 @@ impl fmt::Display for SnapshotId {
 
 /// A requested volume; it exists once its subvolume does.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct VolumeRecord {
+pub(super) struct VolumeRecord {
     /// Its id.
-    pub id: VolumeId,
+    pub(super) id: VolumeId,
     /// The CSI name it was requested by.
-    pub name: String,
+    pub(super) name: String,
     /// Nominal size in bytes; nothing enforces it.
-    pub capacity_bytes: i64,
+    pub(super) capacity_bytes: i64,
     /// The snapshot it starts from; `None`: empty.
-    pub source: Option<SnapshotId>,
-    /// When it was first asked for.
-    pub requested_at: Timestamp,
-    /// When it is to be made; later than `requested_at` by the class's `provisionDelay`.
-    pub due_at: Timestamp,
+    pub(super) source: Option<SnapshotId>,
+    /// When it is to be made: the class's `provisionDelay` after it was first asked for.
+    pub(super) due_at: Timestamp,
 }
 
 /// A requested snapshot; it exists once `cut_at` is known and its subvolume exists.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct SnapshotRecord {
+pub(super) struct SnapshotRecord {
     /// Its id.
-    pub id: SnapshotId,
+    pub(super) id: SnapshotId,
     /// The CSI name it was requested by.
-    pub name: String,
+    pub(super) name: String,
     /// The volume it is of; that volume may be gone by now.
-    pub source: VolumeId,
+    pub(super) source: VolumeId,
     /// The nominal size in bytes of that volume.
-    pub size_bytes: i64,
-    /// When it was first asked for.
-    pub requested_at: Timestamp,
-    /// When it is to be cut; later than `requested_at` by the class's `cutDelay`.
-    pub due_at: Timestamp,
+    pub(super) size_bytes: i64,
+    /// When it is to be cut: the class's `cutDelay` after it was first asked for.
+    pub(super) due_at: Timestamp,
     /// When it is ready, counted from the cut.
-    pub ready_delay: ReadyDelay,
-    /// Taken just before the cut: what was written by then is in the snapshot. Recorded after the
-    /// cut: a subvolume without it is a leftover of a crash that nobody has been told of.
-    pub cut_at: Option<Timestamp>,
+    pub(super) ready_delay: ReadyDelay,
+    /// A lower bound of the cut, taken just before it: what was written by then is in the snapshot.
+    /// Recorded after the cut: a subvolume without it is a leftover of a crash that nobody has been told of.
+    pub(super) cut_at: Option<Timestamp>,
 }
 
 impl SnapshotRecord {
     /// Whether volumes can be made from it at `now`.
     #[must_use]
-    pub fn is_ready(&self, now: Timestamp) -> bool {
+    pub(super) fn is_ready(&self, now: Timestamp) -> bool {
         self.cut_at.is_some_and(|cut_at| self.ready_delay.is_over(cut_at, now))
     }
 }
 
 /// A record could not be read or changed.
 #[derive(Debug, Error)]
-pub enum RecordError {
+pub(super) enum RecordError {
     /// The file could not be read.
     #[error("read record {path}")]
     Read {
@@ -177,7 +173,7 @@ pub enum RecordError {
 
 /// A folder of records of one kind. Writers of the same id must take turns.
 #[derive(Debug)]
-pub struct Folder<R> {
+pub(super) struct Folder<R> {
     dir: PathBuf,
     kind: PhantomData<fn() -> R>,
 }
@@ -187,7 +183,7 @@ impl<R: Serialize + DeserializeOwned> Folder<R> {
     ///
     /// # Errors
     /// The folder cannot be made.
-    pub fn open(dir: PathBuf) -> Result<Self, RecordError> {
+    pub(super) fn open(dir: PathBuf) -> Result<Self, RecordError> {
         fs::create_dir_all(&dir).map_err(|source| RecordError::Write { path: dir.clone(), source })?;
         Ok(Self { dir, kind: PhantomData })
     }
@@ -200,7 +196,7 @@ impl<R: Serialize + DeserializeOwned> Folder<R> {
     ///
     /// # Errors
     /// The file exists but cannot be read as a record.
-    pub fn read(&self, id: &impl AsRef<str>) -> Result<Option<R>, RecordError> {
+    pub(super) fn read(&self, id: &impl AsRef<str>) -> Result<Option<R>, RecordError> {
         Self::read_file(&self.path(id.as_ref()))
     }
 
@@ -219,7 +215,7 @@ impl<R: Serialize + DeserializeOwned> Folder<R> {
     ///
     /// # Errors
     /// The file cannot be written; the older record is then still there.
-    pub fn write(&self, id: &impl AsRef<str>, record: &R) -> Result<(), RecordError> {
+    pub(super) fn write(&self, id: &impl AsRef<str>, record: &R) -> Result<(), RecordError> {
         let path = self.path(id.as_ref());
         let replace = || -> io::Result<()> {
             let new = self.dir.join(format!("{}.new", id.as_ref()));
@@ -236,7 +232,7 @@ impl<R: Serialize + DeserializeOwned> Folder<R> {
     ///
     /// # Errors
     /// The file cannot be removed.
-    pub fn remove(&self, id: &impl AsRef<str>) -> Result<(), RecordError> {
+    pub(super) fn remove(&self, id: &impl AsRef<str>) -> Result<(), RecordError> {
         let path = self.path(id.as_ref());
         let removed = match fs::remove_file(&path) {
             Ok(()) => File::open(&self.dir).and_then(|dir| dir.sync_all()),
@@ -250,7 +246,7 @@ impl<R: Serialize + DeserializeOwned> Folder<R> {
     ///
     /// # Errors
     /// The folder or one of its records cannot be read.
-    pub fn list(&self) -> Result<Vec<R>, RecordError> {
+    pub(super) fn list(&self) -> Result<Vec<R>, RecordError> {
         let unreadable = |source| RecordError::Read { path: self.dir.clone(), source };
         let mut records = Vec::new();
         for entry in fs::read_dir(&self.dir).map_err(unreadable)? {
@@ -270,16 +266,15 @@ mod tests {
     use super::*;
 
     fn record(name: &str) -> SnapshotRecord {
-        let requested_at: Timestamp = "2026-01-01T00:00:00.123456789Z".parse().unwrap();
+        let due_at: Timestamp = "2026-01-01T00:00:00.123456789Z".parse().unwrap();
         SnapshotRecord {
             id: SnapshotId::of_name(name),
             name: name.to_owned(),
             source: VolumeId::of_name("v"),
             size_bytes: 1,
-            requested_at,
-            due_at: requested_at,
+            due_at,
             ready_delay: ReadyDelay::After(Duration::from_millis(1)),
-            cut_at: Some(requested_at),
+            cut_at: Some(due_at),
         }
     }
 

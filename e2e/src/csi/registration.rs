@@ -21,14 +21,14 @@ const CSI_VERSION: &str = "1.0.0";
 
 /// The registration service.
 #[derive(Debug, Clone)]
-pub struct RegistrationService {
+pub(super) struct RegistrationService {
     endpoint: String,
 }
 
 impl RegistrationService {
     /// Registers the CSI socket at this path, as the kubelet sees it.
     #[must_use]
-    pub fn new(endpoint: &Path) -> Self {
+    pub(super) fn new(endpoint: &Path) -> Self {
         Self { endpoint: endpoint.display().to_string() }
     }
 }

@@ -77,7 +77,7 @@ pub(super) async fn record_snapshot(driver: Arc<Driver>, record: SnapshotRecord)
 
 /// Makes the recorded volume.
 pub(super) async fn make_volume(driver: Arc<Driver>, record: VolumeRecord) -> Result<(), Status> {
-    let VolumeRecord { id, name, capacity_bytes, source, requested_at: _, due_at: _ } = record;
+    let VolumeRecord { id, name, capacity_bytes, source, due_at: _ } = record;
     match &source {
         None => driver.pool.make_volume(&id).await?,
         Some(source) => driver.pool.make_volume_from(&id, source).await?,
@@ -92,7 +92,7 @@ pub(super) async fn delete_volume(driver: Arc<Driver>, id: VolumeId) -> Result<(
     blocking(&checked, move |driver| {
         let mounts = driver.pool.mounts_of(&used)?;
         mounts.first().map_or(Ok(()), |mount| {
-            let place = mount.mount_point.display();
+            let place = mount.target.display();
             Err(Status::failed_precondition(format!(
                 "volume {used} is in use at {place}: unpublish it first"
             )))

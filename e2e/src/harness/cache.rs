@@ -1,6 +1,7 @@
 //! Expensive things, kept by content: an entry's key is a hash over all that went into it, so an entry that
 //! exists is right, and one that is not named any more is garbage.
 
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -28,7 +29,7 @@ impl Key {
         self
     }
 
-    /// Adds the names and contents of all files below `dir`, in order of name.
+    /// Adds the names, contents and executable bits of all files below `dir`, in order of name.
     ///
     /// # Errors
     /// When a file cannot be read.
@@ -39,7 +40,8 @@ impl Key {
         for name in names {
             let content = std::fs::read(&name).with_context(|| format!("read {}", name.display()))?;
             let relative = name.strip_prefix(dir).unwrap_or(&name).to_string_lossy().into_owned();
-            self = self.with(relative).with(content);
+            let executable = name.metadata()?.permissions().mode() & 0o111 != 0;
+            self = self.with(relative).with([u8::from(executable)]).with(content);
         }
         Ok(self)
     }
@@ -68,7 +70,8 @@ fn collect_files(dir: &Path, into: &mut Vec<PathBuf>) -> Result<()> {
 /// Returns the entry `name` with this key, made by `make` in an empty folder if it is not there yet. Older
 /// entries of the same name are removed once the new one is whole.
 ///
-/// The caller holds the harness's lock, so a half-made folder is one that a killed run left.
+/// The caller holds the harness's lock and has cleared what a killed run left of its making
+/// ([`super::traces::clear_making`]).
 ///
 /// # Errors
 /// Those of `make`, and of the file system.
@@ -82,8 +85,7 @@ pub async fn entry(
     if whole.exists() {
         return Ok(whole);
     }
-    let making = paths.cache().join(format!(".making-{name}"));
-    remove_dir(&making)?;
+    let making = paths.making(name);
     std::fs::create_dir_all(&making).with_context(|| format!("create {}", making.display()))?;
     make(&making).await?;
     for old in std::fs::read_dir(paths.cache())? {

@@ -1,7 +1,7 @@
 //! The clusters: made by kind, checked, and given the snapshot machinery. Every function here can be
 //! repeated: what is whole is kept, what is half-made is made anew.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -18,27 +18,25 @@ use super::archive::Archive;
 use super::cache::{Key, remove_dir};
 use super::engine::{Engine, NETWORK};
 use super::images::{self, Images};
-use super::machine::Machine;
+use super::machine::{self, INOTIFY_FILE, INOTIFY_INSTANCES, Machine};
 use super::node_image::{self, ETCD_VERSION, NodeImage};
 use super::paths::e2e_dir;
 use super::programs::{CSI, KIND};
 use super::step::Log;
 use super::traces;
+use crate::condition::{await_condition, daemonset_ready, deployment_available, has_csi_driver, node_ready};
 use crate::csi::DRIVER_NAME;
-use crate::kit::condition::{
-    await_condition, daemonset_ready, deployment_available, has_csi_driver, node_ready,
-};
 
 /// All our clusters' names begin with it.
 const PREFIX: &str = "stsb-e2e-";
 /// More would starve a common machine: half a GiB each, and each has its own control plane.
-pub const MOST_CLUSTERS: usize = 6;
-/// Three nodes exhaust the kernel's default of 128, and kind then still reports success.
-const INOTIFY_INSTANCES: u32 = 1024;
+const MOST_CLUSTERS: usize = 6;
+/// Where the snapshot machinery runs.
+const NAMESPACE: &str = "sts-backup-e2e";
 
 const READY_TIMEOUT: Duration = Duration::from_mins(3);
-/// A cluster of an earlier run that does not answer by then is made anew.
-const STILL_ALIVE_TIMEOUT: Duration = Duration::from_mins(1);
+/// A cluster of an earlier run that does not work by then is made anew.
+const STILL_WHOLE_TIMEOUT: Duration = Duration::from_mins(1);
 
 /// The name of the `n`-th cluster, counted from 1.
 #[must_use]
@@ -46,16 +44,11 @@ pub fn cluster_name(n: usize) -> String {
     format!("{PREFIX}{n}")
 }
 
-/// What is in a cluster once it is whole; written last, so a cluster without it is half-made.
-#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
-struct Whole {
-    node_image: String,
-    images: Images,
-    /// Over the manifests that were applied.
-    manifests: String,
+fn control_plane(cluster: &str) -> String {
+    format!("{cluster}-control-plane")
 }
 
-/// Makes sure that at least `count` clusters run and have what tests need.
+/// Makes sure that at least `count` clusters run and have what tests need, and returns their names.
 ///
 /// # Errors
 /// When the machine cannot do it, or a step fails; a repeated call goes on from there.
@@ -63,167 +56,242 @@ pub async fn up(harness: &Harness, count: usize) -> Result<Vec<String>> {
     if !(1..=MOST_CLUSTERS).contains(&count) {
         bail!("--clusters {count}: one machine runs 1 to {MOST_CLUSTERS} clusters");
     }
-    let found = Engine::find(harness).await;
-    Machine::look(&harness.paths, found.is_some()).await?.check()?;
-    let engine = match found {
-        Some(engine) => engine,
-        None => Engine::find_or_start(harness).await?,
-    };
+    let names: Vec<String> = (1..=count).map(cluster_name).collect();
+    let new = names.iter().filter(|name| !marker(harness, name).exists()).count();
+    let engine = usable_engine(harness, new).await?;
     let kind = KIND.build(harness).await?.join("kind");
     let node_image = node_image::find_or_make(harness, &engine).await?;
     let (images, archives) = images::make(harness).await?;
-    allow_inotify_instances(engine.ours)?;
-
-    let whole =
-        Whole { node_image: node_image.name.clone(), manifests: manifests(&images).await?.key, images };
-    let names: Vec<String> = (1..=count).map(cluster_name).collect();
-    try_join_all(
-        names.iter().map(|name| make_whole(harness, &engine, &kind, name, &node_image, &archives, &whole)),
-    )
-    .await?;
+    if engine.ours && machine::inotify_instances()? < INOTIFY_INSTANCES {
+        std::fs::write(INOTIFY_FILE, INOTIFY_INSTANCES.to_string())
+            .with_context(|| format!("write {INOTIFY_FILE}"))?;
+    }
+    let plan = Plan { engine, kind, node_image, archives, manifests: manifests(&images).await?, images };
+    try_join_all(names.iter().map(|name| plan.make_whole(harness, name))).await?;
     Ok(names)
 }
 
-/// Builds or pulls the node image, and returns its name.
+/// Pulls or builds the node image, and returns its name.
 ///
 /// # Errors
 /// When the machine cannot do it, or a step fails.
 pub async fn make_node_image(harness: &Harness) -> Result<String> {
-    let found = Engine::find(harness).await;
-    Machine::look(&harness.paths, found.is_some()).await?.check()?;
-    let engine = Engine::find_or_start(harness).await?;
+    let engine = usable_engine(harness, 0).await?;
     Ok(node_image::find_or_make(harness, &engine).await?.name)
 }
 
-/// Deletes all clusters and everything that they and the engine left on the machine, but the cache.
+/// The engine, on a machine that can make this many more clusters and is cleared of half-made things.
+async fn usable_engine(harness: &Harness, new_clusters: usize) -> Result<Engine> {
+    let found = Engine::find(harness).await;
+    Machine::look(&harness.paths, found.as_ref(), new_clusters as u64).await?.check()?;
+    traces::clear_making(&harness.paths).await?;
+    match found {
+        Some(engine) => Ok(engine),
+        None => Engine::find_or_start(harness).await,
+    }
+}
+
+/// Deletes all clusters and everything that they and the engine left on the machine, but the cache; with `purge`
+/// the cache too.
 ///
 /// # Errors
 /// When something is left; it is listed.
-pub async fn down(harness: &Harness) -> Result<()> {
+pub async fn down(harness: &Harness, purge: bool) -> Result<()> {
     // Docker itself knows best how to end what it started, also after it was killed: bring it back for that.
-    let has_engine = super::engine::engine_dir(&harness.paths).join("data").exists();
     let engine = match Engine::find(harness).await {
-        None if has_engine && rustix::process::geteuid().is_root() => {
-            Engine::find_or_start(harness).await.ok()
-        }
+        None if traces::are_recorded(&harness.paths) => Engine::find_or_start(harness).await.ok(),
         found => found,
     };
     if let Some(engine) = &engine {
-        harness
+        let remedy = "try again; `docker ps -a` shows what is left";
+        let deleted = harness
             .steps
-            .run("delete the clusters", "try again; `docker ps -a` shows what is left", async |log| {
-                remove_containers(log, engine).await
+            .run("delete the clusters", remedy, async |log| {
+                remove_containers(log, engine).await?;
+                if purge {
+                    node_image::remove_older(engine, "").await;
+                }
+                Ok(())
             })
-            .await?;
+            .await;
+        // What a broken engine of ours cannot delete is cleared below.
+        if !engine.ours {
+            deleted?;
+        }
     }
     Engine::stop(harness).await?;
     remove_dir(&harness.paths.state().join("clusters"))?;
+    let remedy = "read the cause, remove it by hand and try again";
     harness
         .steps
-        .run("clear what is left", "read the cause, remove it by hand and try again", async |_| {
+        .run("clear what is left", remedy, async |_| {
             traces::clear(harness).await?;
             let left = traces::list(harness).await?;
             anyhow::ensure!(left.is_empty(), "still there after all:\n  {}", left.join("\n  "));
             traces::forget(&harness.paths)
         })
-        .await
+        .await?;
+    if purge {
+        remove_dir(harness.paths.root())?;
+    }
+    Ok(())
 }
 
 async fn remove_containers(log: &Log, engine: &Engine) -> Result<()> {
-    // kind's own label; by the network, so that a user's other kind clusters are not touched.
-    let filter = ["ps", "--all", "--quiet", "--filter", &format!("network={NETWORK}")];
-    let containers = log.output(engine.docker().args(filter)).await?;
+    // By our names, so that a user's other kind clusters are not touched.
+    let filter = format!("name=^{PREFIX}");
+    let containers =
+        log.output(engine.docker().args(["ps", "--all", "--quiet", "--filter", &filter])).await?;
     if !containers.trim().is_empty() {
-        log.run(engine.docker().args(["rm", "--force", "--volumes"]).args(containers.split_whitespace()))
-            .await?;
+        let mut remove = engine.docker();
+        log.run(remove.args(["rm", "--force", "--volumes"]).args(containers.split_whitespace())).await?;
     }
-    let networks = log
-        .output(engine.docker().args(["network", "ls", "--quiet", "--filter", &format!("name=^{NETWORK}$")]))
-        .await?;
+    let filter = format!("name=^{NETWORK}$");
+    let networks =
+        log.output(engine.docker().args(["network", "ls", "--quiet", "--filter", &filter])).await?;
     if !networks.trim().is_empty() {
         log.run(engine.docker().args(["network", "rm"]).args(networks.split_whitespace())).await?;
     }
     Ok(())
 }
 
-async fn make_whole(
-    harness: &Harness,
-    engine: &Engine,
-    kind: &PathBuf,
-    name: &str,
-    node_image: &NodeImage,
-    archives: &[Archive],
-    whole: &Whole,
-) -> Result<()> {
-    let marker = harness.paths.cluster(name).join("whole.json");
-    let had: Option<Whole> = std::fs::read(&marker).ok().and_then(|file| serde_json::from_slice(&file).ok());
-    let keep =
-        had.as_ref().is_some_and(|had| had.node_image == whole.node_image) && is_alive(harness, name).await;
-    if keep && had.as_ref() == Some(whole) {
-        eprintln!("  ✓ cluster {name} is up");
-        return Ok(());
-    }
-    let _ = std::fs::remove_file(&marker);
-    if !keep {
-        let remedy = "read the log; `cargo e2e down` clears the machine, then try again";
-        harness
-            .steps
-            .run(&format!("create cluster {name}"), remedy, async |log| {
-                create(harness, log, engine, kind, name, node_image).await
-            })
-            .await?;
-    }
-    let remedy = "look at the pods: kubectl --kubeconfig $(cargo e2e kubeconfig CLUSTER) get pods -A";
-    harness
-        .steps
-        .run(&format!("equip cluster {name}"), remedy, async |log| {
-            Box::pin(equip(harness, log, engine, name, archives, &whole.images)).await
-        })
-        .await?;
-    Ok(std::fs::write(&marker, serde_json::to_vec_pretty(whole)?)?)
+/// What is in a cluster once it is whole; written last, so a cluster without it is half-made.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Whole {
+    node_image: String,
+    images: Images,
+    /// A key over what was applied.
+    manifests: String,
 }
 
-/// Whether a cluster of an earlier run still works.
-async fn is_alive(harness: &Harness, name: &str) -> bool {
-    let Ok(client) = client(harness, name).await else { return false };
-    let node: Api<Node> = Api::all(client);
-    await_condition(&node, &control_plane(name), "ready", STILL_ALIVE_TIMEOUT, node_ready).await.is_ok()
+fn marker(harness: &Harness, cluster: &str) -> PathBuf {
+    harness.paths.cluster(cluster).join("whole.json")
 }
 
-fn control_plane(name: &str) -> String {
-    format!("{name}-control-plane")
+/// What every cluster is made with.
+struct Plan {
+    engine: Engine,
+    kind: PathBuf,
+    node_image: NodeImage,
+    images: Images,
+    archives: Vec<Archive>,
+    /// What is applied, in this order.
+    manifests: Vec<String>,
+}
+
+impl Plan {
+    /// Makes sure that a cluster runs and has all that tests need.
+    async fn make_whole(&self, harness: &Harness, name: &str) -> Result<()> {
+        let whole = Whole {
+            node_image: self.node_image.name.clone(),
+            images: self.images.clone(),
+            manifests: self.manifests.iter().fold(Key::new(), Key::with).finish(),
+        };
+        let marker = marker(harness, name);
+        let had: Option<Whole> =
+            std::fs::read(&marker).ok().and_then(|file| serde_json::from_slice(&file).ok());
+        let keep = had.as_ref().is_some_and(|had| had.node_image == whole.node_image)
+            && match client(harness, name).await {
+                Ok(client) => Box::pin(await_whole(client, name, STILL_WHOLE_TIMEOUT)).await.is_ok(),
+                Err(_) => false,
+            };
+        if keep && had.as_ref() == Some(&whole) {
+            eprintln!("  ✓ cluster {name} is up");
+            return Ok(());
+        }
+        let _ = std::fs::remove_file(&marker);
+        if !keep {
+            let what = format!("create cluster {name}");
+            let remedy = "read the log; `cargo e2e down` clears the machine, then try again";
+            harness.steps.run(&what, remedy, async |log| self.create(harness, log, name).await).await?;
+        }
+        let what = format!("equip cluster {name}");
+        let remedy = "look at the pods: kubectl --kubeconfig $(cargo e2e kubeconfig CLUSTER) get pods -A";
+        harness.steps.run(&what, remedy, async |log| self.equip(harness, log, name).await).await?;
+        Ok(std::fs::write(&marker, serde_json::to_vec_pretty(&whole)?)?)
+    }
+
+    async fn create(&self, harness: &Harness, log: &Log, name: &str) -> Result<()> {
+        let kind = || {
+            let mut command = Command::new(&self.kind);
+            self.engine.set_environment(&mut command);
+            command
+        };
+        // Always with our own kubeconfig: kind would lock and edit the user's.
+        let kubeconfig = harness.paths.kubeconfig(name);
+        let mut delete = kind();
+        log.run(delete.args(["delete", "cluster", "--name", name, "--kubeconfig"]).arg(&kubeconfig)).await?;
+        let dir = harness.paths.cluster(name);
+        remove_dir(&dir)?;
+        std::fs::create_dir_all(&dir)?;
+        let config = dir.join("kind.yaml");
+        std::fs::write(&config, kind_config(&self.node_image))?;
+        let mut create = kind();
+        create.args(["create", "cluster", "--retain", "--name", name, "--image", &self.node_image.name]);
+        create.arg("--config").arg(&config).arg("--kubeconfig").arg(kubeconfig);
+        log.run(&mut create).await
+    }
+
+    async fn equip(&self, harness: &Harness, log: &Log, name: &str) -> Result<()> {
+        let node = control_plane(name);
+        let in_node = |program: &str| {
+            let mut command = self.engine.docker();
+            command.args(["exec", "--interactive", &node, program]);
+            command
+        };
+        let mut list = in_node("ctr");
+        let loaded = log.output(list.args(["--namespace=k8s.io", "images", "ls", "--quiet"])).await?;
+        for archive in self.archives.iter().filter(|archive| !loaded.contains(&archive.name)) {
+            let mut import = in_node("ctr");
+            import.args([
+                "--namespace=k8s.io",
+                "images",
+                "import",
+                "--local",
+                "--snapshotter=overlayfs",
+                "-",
+            ]);
+            log.run_with_input(&mut import, std::fs::File::open(&archive.path)?.into()).await?;
+        }
+        let kubectl = || {
+            let mut kubectl = in_node("kubectl");
+            kubectl.arg("--kubeconfig=/etc/kubernetes/admin.conf");
+            kubectl
+        };
+        for part in &self.manifests {
+            let mut apply = kubectl();
+            apply.args(["apply", "--server-side", "--force-conflicts", "--filename=-"]);
+            log.run_with_text(&mut apply, part).await?;
+            // Later parts have objects of kinds that earlier ones define.
+            let mut wait = kubectl();
+            wait.args(["wait", "--for=condition=Established", "crd", "--all", "--timeout=60s"]);
+            log.run(&mut wait).await?;
+        }
+        Box::pin(await_whole(client(harness, name).await?, name, READY_TIMEOUT)).await
+    }
+}
+
+/// Waits until everything that tests need in a cluster works.
+async fn await_whole(client: Client, name: &str, timeout: Duration) -> Result<()> {
+    let node = control_plane(name);
+    let nodes: Api<Node> = Api::all(client.clone());
+    let csi_nodes: Api<CSINode> = Api::all(client.clone());
+    let system: Api<Deployment> = Api::namespaced(client.clone(), "kube-system");
+    let deployments: Api<Deployment> = Api::namespaced(client.clone(), NAMESPACE);
+    let daemon_sets: Api<DaemonSet> = Api::namespaced(client, NAMESPACE);
+    tokio::try_join!(
+        await_condition(&nodes, &node, "ready", timeout, node_ready),
+        await_condition(&system, "coredns", "available", timeout, deployment_available),
+        await_condition(&deployments, "snapshot-controller", "available", timeout, deployment_available),
+        await_condition(&daemon_sets, "csi-driver", "ready", timeout, daemonset_ready),
+        // The kubelet knows the driver: before that, pods with volumes fail and are tried again slowly.
+        await_condition(&csi_nodes, &node, "given the CSI driver", timeout, has_csi_driver(DRIVER_NAME)),
+    )?;
+    Ok(())
 }
 
 async fn client(harness: &Harness, name: &str) -> Result<Client> {
-    crate::kit::cluster::client(&harness.paths.kubeconfig(name)).await
-}
-
-async fn create(
-    harness: &Harness,
-    log: &Log,
-    engine: &Engine,
-    kind: &PathBuf,
-    name: &str,
-    node_image: &NodeImage,
-) -> Result<()> {
-    let command = || {
-        let mut command = Command::new(kind);
-        engine.set_environment(&mut command);
-        command
-    };
-    log.run(command().args(["delete", "cluster", "--name", name])).await?;
-    let dir = harness.paths.cluster(name);
-    remove_dir(&dir)?;
-    std::fs::create_dir_all(&dir)?;
-    let config = dir.join("kind.yaml");
-    std::fs::write(&config, kind_config(node_image))?;
-    let mut create = command();
-    create.args(["create", "cluster", "--retain", "--name", name, "--image", &node_image.name]);
-    create.arg("--config").arg(&config).arg("--kubeconfig").arg(harness.paths.kubeconfig(name));
-    log.run(&mut create).await?;
-    let node: Api<Node> = Api::all(client(harness, name).await?);
-    await_condition(&node, &control_plane(name), "ready", READY_TIMEOUT, node_ready).await?;
-    Ok(())
+    crate::kubeconfig::client(&harness.paths.kubeconfig(name)).await
 }
 
 /// kind's configuration; our own image brings its network, and its etcd's version is not kubeadm's default.
@@ -238,110 +306,25 @@ fn kind_config(node_image: &NodeImage) -> String {
         .replace("@NETWORKING@", networking)
 }
 
-async fn equip(
-    harness: &Harness,
-    log: &Log,
-    engine: &Engine,
-    name: &str,
-    archives: &[Archive],
-    images: &Images,
-) -> Result<()> {
-    let node = control_plane(name);
-    let loaded = {
-        let mut list = engine.docker();
-        list.args(["exec", &node, "ctr", "--namespace=k8s.io", "images", "ls", "-q"]);
-        log.output(&mut list).await?
-    };
-    for archive in archives.iter().filter(|archive| !loaded.contains(&archive.name)) {
-        let mut load = engine.docker();
-        load.args(["exec", "--interactive", &node, "ctr", "--namespace=k8s.io", "images", "import"]);
-        load.args(["--local", "--snapshotter=overlayfs", "-"]);
-        log.run_with_input(&mut load, std::fs::File::open(&archive.path)?.into()).await?;
-    }
-    let manifests = manifests(images).await?;
-    let kubectl = || {
-        let mut kubectl = engine.docker();
-        kubectl.args(["exec", "--interactive", &node, "kubectl", "--kubeconfig=/etc/kubernetes/admin.conf"]);
-        kubectl
-    };
-    for part in &manifests.parts {
-        let mut apply = kubectl();
-        apply.args(["apply", "--server-side", "--force-conflicts", "--filename=-"]);
-        log.run_with_text(&mut apply, part).await?;
-        // Later parts have objects of kinds that earlier ones define.
-        log.run(kubectl().args(["wait", "--for=condition=Established", "crd", "--all", "--timeout=60s"]))
-            .await?;
-    }
-    let client = client(harness, name).await?;
-    let system: Api<Deployment> = Api::namespaced(client.clone(), "kube-system");
-    let snapshots: Api<Deployment> = Api::namespaced(client.clone(), NAMESPACE);
-    let driver: Api<DaemonSet> = Api::namespaced(client.clone(), NAMESPACE);
-    let nodes: Api<CSINode> = Api::all(client);
-    tokio::try_join!(
-        await_condition(&system, "coredns", "available", READY_TIMEOUT, deployment_available),
-        await_condition(&snapshots, "snapshot-controller", "available", READY_TIMEOUT, deployment_available),
-        await_condition(&driver, "csi-driver", "ready", READY_TIMEOUT, daemonset_ready),
-        // The kubelet knows the driver: before that, pods with volumes fail and are tried again slowly.
-        await_condition(
-            &nodes,
-            &node,
-            "registered with the kubelet",
-            READY_TIMEOUT,
-            has_csi_driver(DRIVER_NAME)
-        ),
-    )?;
-    Ok(())
-}
-
-/// Where the snapshot machinery runs.
-const NAMESPACE: &str = "sts-backup-e2e";
-
-/// What is applied to a cluster, in this order, and a key over all of it.
-struct Manifests {
-    parts: Vec<String>,
-    key: String,
-}
-
-async fn manifests(images: &Images) -> Result<Manifests> {
-    let crds =
-        CSI.source("github.com/kubernetes-csi/external-snapshotter/client/v8").await?.join("config/crd");
-    let mut crd_files: Vec<PathBuf> = std::fs::read_dir(&crds)
-        .with_context(|| format!("read {}", crds.display()))?
-        .filter_map(|entry| Some(entry.ok()?.path()))
-        .filter(|file| {
-            file.file_name().is_some_and(|name| name.to_string_lossy().contains(".storage.k8s.io_"))
-        })
-        .collect();
-    crd_files.sort();
-    let mut crds = String::new();
-    for file in crd_files {
-        crds.push_str("---\n");
-        crds.push_str(&std::fs::read_to_string(file)?);
-    }
-    let fill = |text: &str| {
-        text.replace("@CSI_DRIVER@", &images.csi_driver).replace("@CSI_SIDECARS@", &images.csi_sidecars)
-    };
+/// What is applied to a cluster, in this order.
+async fn manifests(images: &Images) -> Result<Vec<String>> {
+    let source = CSI.source("github.com/kubernetes-csi/external-snapshotter/client/v8").await?;
     let read =
-        |name: &str| std::fs::read_to_string(e2e_dir().join("manifests").join(name)).map(|text| fill(&text));
-    let parts = vec![crds, read("snapshot-controller.yaml")?, read("csi-driver.yaml")?];
-    let key = parts.iter().fold(Key::new(), Key::with).finish();
-    Ok(Manifests { parts, key })
-}
-
-/// With an engine of ours, `down` restores the setting; a machine that has Docker is its owner's to set up.
-fn allow_inotify_instances(may_set: bool) -> Result<()> {
-    let file = "/proc/sys/fs/inotify/max_user_instances";
-    let now: u32 = std::fs::read_to_string(file)?.trim().parse().with_context(|| format!("read {file}"))?;
-    if now >= INOTIFY_INSTANCES {
-        return Ok(());
-    }
-    if !may_set {
-        bail!(
-            "{file} is {now}, too few for several nodes: run, as root, \
-             sysctl fs.inotify.max_user_instances={INOTIFY_INSTANCES}"
-        );
-    }
-    std::fs::write(file, INOTIFY_INSTANCES.to_string()).with_context(|| format!("write {file}"))
+        |file: &Path| std::fs::read_to_string(file).with_context(|| format!("read {}", file.display()));
+    let dir = source.join("config/crd");
+    let mut files: Vec<PathBuf> = std::fs::read_dir(&dir)
+        .with_context(|| format!("read {}", dir.display()))?
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        // The folder also has a kustomization.
+        .filter(|file| file.to_string_lossy().contains(".storage.k8s.io_"))
+        .collect();
+    files.sort();
+    let crds = files.iter().map(|file| read(file)).collect::<Result<Vec<_>>>()?.join("\n---\n");
+    let ours = |name: &str| -> Result<String> {
+        let text = read(&e2e_dir().join("manifests").join(name))?;
+        Ok(text.replace("@CSI_DRIVER@", &images.csi_driver).replace("@CSI_SIDECARS@", &images.csi_sidecars))
+    };
+    Ok(vec![crds, ours("snapshot-controller.yaml")?, ours("csi-driver.yaml")?])
 }
 
 /// What runs now, for a person.
@@ -423,7 +406,7 @@ async fn memory(engine: &Engine, name: &str) -> Option<String> {
 }
 
 /// Bytes of all files below a folder; what vanishes meanwhile does not count.
-fn size_of(dir: &std::path::Path) -> u64 {
+fn size_of(dir: &Path) -> u64 {
     let Ok(entries) = std::fs::read_dir(dir) else { return 0 };
     entries
         .flatten()

@@ -5,10 +5,12 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
+use serde::{Deserialize, Serialize};
 use tokio::process::Command;
 
 use super::Harness;
 use super::cache::{self, Key};
+use super::paths::Paths;
 use super::step::Log;
 
 /// Folders of a Debian system that hold programs.
@@ -21,10 +23,9 @@ pub const IPTABLES: [&str; 6] =
     ["iptables", "iptables-save", "iptables-restore", "ip6tables", "ip6tables-save", "ip6tables-restore"];
 
 /// A set of packages: a folder with those that the machine lacks, laid over the machine's own `/`.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Packages {
     root: PathBuf,
-    /// Names of the cache entry: changes when a package does.
     key: String,
 }
 
@@ -36,11 +37,8 @@ impl Packages {
     pub async fn get(harness: &Harness, name: &str, packages: &[&str]) -> Result<Self> {
         let what = format!("get Debian packages for {name}");
         let remedy = "check that apt-get can download: apt-get update && apt-get download debootstrap";
-        let missing = missing_packages(packages).await?;
-        let mut key = Key::new();
-        for package in packages {
-            key = key.with(package);
-        }
+        let missing = missing_packages(&harness.paths, packages).await?;
+        let mut key = Key::new().with(installed_versions(packages).await);
         for package in &missing {
             key = key.with(&package.line);
         }
@@ -77,7 +75,24 @@ impl Packages {
     /// A file or folder by its path below `/`, from the packages or else from the machine.
     #[must_use]
     pub fn file(&self, path: &str) -> Option<PathBuf> {
-        [self.root.join(path), Path::new("/").join(path)].into_iter().find(|file| file.exists())
+        self.files(path).pop()
+    }
+
+    /// All that is at a path below `/`: the machine's, then the packages'. A folder may be in part of one and
+    /// in part of the other.
+    #[must_use]
+    pub fn files(&self, path: &str) -> Vec<PathBuf> {
+        [Path::new("/"), &self.root]
+            .map(|root| root.join(path))
+            .into_iter()
+            .filter(|file| file.exists())
+            .collect()
+    }
+
+    /// Whether the unpacked packages are still there.
+    #[must_use]
+    pub fn exist(&self) -> bool {
+        self.root.exists()
     }
 
     /// Where `source` belongs in an image: its path without the packages' folder.
@@ -147,8 +162,19 @@ struct MissingPackage {
     line: String,
 }
 
-async fn missing_packages(packages: &[&str]) -> Result<Vec<MissingPackage>> {
-    match planned_downloads(packages).await {
+/// Names and versions of those packages that the machine has.
+async fn installed_versions(packages: &[&str]) -> String {
+    let query = Command::new("dpkg-query")
+        .args(["-W", "-f", "${Package} ${Version}\n"])
+        .args(packages)
+        .output()
+        .await;
+    // It fails when one is missing, and still prints the others.
+    query.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default()
+}
+
+async fn missing_packages(paths: &Paths, packages: &[&str]) -> Result<Vec<MissingPackage>> {
+    match planned_downloads(paths, packages).await {
         Ok(missing) => Ok(missing),
         // A new machine may have no package lists yet.
         Err(first) => {
@@ -158,18 +184,23 @@ async fn missing_packages(packages: &[&str]) -> Result<Vec<MissingPackage>> {
                     "apt does not know a package, and apt-get update fails: run it as root, then try again",
                 ));
             }
-            planned_downloads(packages).await
+            planned_downloads(paths, packages).await
         }
     }
 }
 
-async fn planned_downloads(packages: &[&str]) -> Result<Vec<MissingPackage>> {
+async fn planned_downloads(paths: &Paths, packages: &[&str]) -> Result<Vec<MissingPackage>> {
+    // apt leaves out what it downloaded before, so it is shown an archive folder without anything.
+    let archives = paths.cache().join(".apt-archives");
+    std::fs::create_dir_all(archives.join("partial"))?;
     let output = Command::new("apt-get")
+        .arg("-o")
+        .arg(format!("Dir::Cache::archives={}", archives.display()))
         .args(["install", "--print-uris", "-y", "-qq", "--no-install-recommends", "--no-upgrade"])
         .args(packages)
         .output()
         .await
-        .context("start apt-get: the harness takes programs from Debian packages, use Debian or Ubuntu")?;
+        .context("start apt-get: the harness takes programs from the packages of Debian 12")?;
     if !output.status.success() {
         bail!(
             "apt-get install --print-uris {}: {}",

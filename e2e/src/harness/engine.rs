@@ -52,6 +52,14 @@ impl Files {
     fn pid_file(&self) -> PathBuf {
         self.dir.join("dockerd.pid")
     }
+    /// Of the containerd that dockerd starts for itself.
+    fn containerd_pid_file(&self) -> PathBuf {
+        self.dir.join("exec/containerd/containerd.pid")
+    }
+    /// The packages that the daemon was started with.
+    fn packages(&self) -> PathBuf {
+        self.dir.join("packages.json")
+    }
     fn host(&self) -> OsString {
         format!("unix://{}", self.socket().display()).into()
     }
@@ -63,12 +71,18 @@ pub fn engine_dir(paths: &Paths) -> PathBuf {
     paths.state().join("engine")
 }
 
-/// The Debian packages of the engine, with the network tools that clean up after it.
+/// The Debian packages of the engine, with the network tools that clean up after it: those that it was started
+/// with, as long as it has not been started with others, since a daemon runs programs from where they were.
 ///
 /// # Errors
 /// When they cannot be had.
 pub async fn packages(harness: &Harness) -> Result<Packages> {
-    Packages::get(harness, "engine", &PACKAGES).await
+    let record = Files::of(&harness.paths).packages();
+    let recorded = std::fs::read(record).ok().and_then(|file| serde_json::from_slice::<Packages>(&file).ok());
+    match recorded.filter(Packages::exist) {
+        Some(packages) => Ok(packages),
+        None => Packages::get(harness, "engine", &PACKAGES).await,
+    }
 }
 
 impl Engine {
@@ -94,9 +108,15 @@ impl Engine {
         if let Some(engine) = Self::find(harness).await {
             return Ok(engine);
         }
-        let packages = packages(harness).await?;
+        ensure_no_other_daemon()?;
         let files = Files::of(&harness.paths);
         std::fs::create_dir_all(&files.dir)?;
+        if let Some(pid) = running(&files.pid_file(), "dockerd", &files.dir) {
+            // It lives but does not answer.
+            end_process(pid, STOP_TIMEOUT).await.with_context(|| format!("stop dockerd, process {pid}"))?;
+        }
+        let packages = Packages::get(harness, "engine", &PACKAGES).await?;
+        std::fs::write(files.packages(), serde_json::to_vec(&packages)?)?;
         // Recorded once, before the first change, and kept by a repeated run: it is what `down` restores.
         Before::record(&harness.paths, &packages).await?;
         harness
@@ -116,7 +136,7 @@ impl Engine {
     /// When it does not end.
     pub async fn stop(harness: &Harness) -> Result<()> {
         let files = Files::of(&harness.paths);
-        if let Some(pid) = running_daemon(&files) {
+        if let Some(pid) = running(&files.pid_file(), "dockerd", &files.dir) {
             end_process(pid, STOP_TIMEOUT).await.with_context(|| format!("stop dockerd, process {pid}"))?;
         }
         remove_file(&files.pid_file())?;
@@ -160,13 +180,14 @@ impl Engine {
 }
 
 async fn start(log: &Log, files: &Files, packages: &Packages) -> Result<()> {
-    if let Some(pid) = running_daemon(files) {
-        // It lives but did not answer above.
-        end_process(pid, STOP_TIMEOUT).await?;
+    // A daemon that was killed leaves these. The numbers may belong to other programs by now, or to processes that
+    // are ending, and dockerd would wait for them in vain.
+    if let Some(pid) = running(&files.containerd_pid_file(), "containerd", &files.dir) {
+        end_process(pid, STOP_TIMEOUT).await.with_context(|| format!("stop containerd, process {pid}"))?;
     }
-    // A daemon that was killed leaves these; its pid may belong to another program by now.
-    remove_file(&files.pid_file())?;
-    remove_file(&files.socket())?;
+    for file in [files.pid_file(), files.socket(), files.containerd_pid_file()] {
+        remove_file(&file)?;
+    }
 
     let mut dockerd = packages.command("dockerd")?;
     dockerd.arg("--host").arg(files.host()).arg("--pidfile").arg(files.pid_file());
@@ -203,6 +224,20 @@ async fn start(log: &Log, files: &Files, packages: &Packages) -> Result<()> {
     }
 }
 
+/// Two daemons would share `docker0` and the firewall's chains, so ours is not started beside one that cannot be
+/// reached.
+fn ensure_no_other_daemon() -> Result<()> {
+    let Ok(pid) = std::fs::read_to_string("/run/docker.pid") else { return Ok(()) };
+    let pid = pid.trim();
+    let command = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+    anyhow::ensure!(
+        command.trim() != "dockerd",
+        "a Docker daemon runs (process {pid}) but does not answer: set DOCKER_HOST or the docker context so that \
+         `docker version` works, or stop the daemon"
+    );
+    Ok(())
+}
+
 /// Whether `CAP_SYS_RESOURCE` is in the bounding set. Without it runc refuses `--privileged`, which asks for
 /// every capability that the kernel knows.
 fn may_raise_limits() -> Result<bool> {
@@ -224,13 +259,13 @@ fn write_runtime_wrapper(files: &Files, runc: &Path) -> Result<PathBuf> {
     Ok(path)
 }
 
-/// The process of our daemon. The pid file alone proves nothing: the number may have been given to another
-/// program since.
-fn running_daemon(files: &Files) -> Option<i32> {
-    let pid: i32 = std::fs::read_to_string(files.pid_file()).ok()?.trim().parse().ok()?;
+/// The process in a pid file. The file alone proves nothing: the number may have been given to another program
+/// since.
+fn running(pid_file: &Path, program: &str, dir: &Path) -> Option<i32> {
+    let pid: i32 = std::fs::read_to_string(pid_file).ok()?.trim().parse().ok()?;
     let command = std::fs::read(format!("/proc/{pid}/cmdline")).ok()?;
     let command = String::from_utf8_lossy(&command);
-    (command.contains("dockerd") && command.contains(&*files.dir.to_string_lossy())).then_some(pid)
+    (command.contains(program) && command.contains(&*dir.to_string_lossy())).then_some(pid)
 }
 
 /// Ends a process and waits until it is gone; after `patience` it is killed.

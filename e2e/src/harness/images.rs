@@ -156,27 +156,33 @@ fn go_programs(dir: &Path, names: &[&str]) -> Result<Image> {
 async fn postgres(packages: &Packages) -> Result<Image> {
     let mut image = Image::new(&["/bin/sh"]);
     add_shell(&mut image, packages)?;
-    let programs = "usr/lib/postgresql/15";
-    let dir = packages.file(programs).context("the package postgresql-15 has no programs")?;
     // LLVM is large, and only the just-in-time compiler needs it.
-    let skip =
-        |path: &Path| path.ends_with("llvmjit.so") || path.ends_with("bitcode") || path.ends_with("pgxs");
-    image.tree(&Path::new("/").join(programs), &dir, &skip)?;
-    for part in ["bin", "lib"] {
-        for file in std::fs::read_dir(dir.join(part))? {
+    let skip = |path: &Path| {
+        path.ends_with("llvmjit.so")
+            || path.ends_with("bitcode")
+            || path.ends_with("pgxs")
+            || path.ends_with("man")
+    };
+    let mut add = |path: &str| -> Result<Vec<PathBuf>> {
+        let found = packages.files(path);
+        for dir in &found {
+            image.tree(&Path::new("/").join(path), dir, &skip)?;
+        }
+        Ok(found)
+    };
+    let programs = add("usr/lib/postgresql/15/bin")?;
+    let libraries = add("usr/lib/postgresql/15/lib")?;
+    let data = add("usr/share/postgresql/15")?;
+    anyhow::ensure!(!programs.is_empty() && !data.is_empty(), "the package postgresql-15 is not whole");
+    add("usr/share/zoneinfo")?;
+    add("usr/lib/locale/C.utf8")?;
+    for dir in programs.iter().chain(&libraries) {
+        for file in std::fs::read_dir(dir)? {
             let file = file?.path();
             let is_library = file.extension().is_some_and(|extension| extension == "so");
-            if file.is_file() && !skip(&file) && (part == "bin" || is_library) {
+            if file.is_file() && !skip(&file) && (is_library || programs.contains(dir)) {
                 image.libraries_of(packages, &file).await?;
             }
-        }
-    }
-    for (data, required) in
-        [("usr/share/postgresql/15", true), ("usr/share/zoneinfo", false), ("usr/lib/locale/C.utf8", false)]
-    {
-        match packages.file(data) {
-            Some(dir) => image.tree(&Path::new("/").join(data), &dir, &|path| path.ends_with("man"))?,
-            None => anyhow::ensure!(!required, "no /{data}: the package postgresql-15 is not whole"),
         }
     }
     Ok(image)

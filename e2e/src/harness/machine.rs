@@ -4,17 +4,23 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
-use tokio::process::Command;
 
-use super::paths::Paths;
+use super::engine::Engine;
+use super::images::Images;
+use super::paths::{Paths, e2e_dir};
+use super::{node_image, programs};
 
 const GIB: u64 = 1 << 30;
 /// What a first `up` writes below the cache folder and Go's own, measured and rounded up.
 const DISK_FOR_BUILDING: u64 = 16 * GIB;
 /// What a cluster writes while tests run on it.
 const DISK_FOR_RUNNING: u64 = 4 * GIB;
-/// Two clusters with a test's workloads.
-const MEMORY: u64 = 4 * GIB;
+/// A node with a test's workloads.
+const MEMORY_OF_A_CLUSTER: u64 = 3 * GIB / 2;
+/// The release whose packages the images are made of; it has PostgreSQL 15.
+const DEBIAN_RELEASE: &str = "bookworm";
+/// Three nodes exhaust the kernel's default of 128, and kind then still reports success.
+pub const INOTIFY_INSTANCES: u32 = 1024;
 
 /// What was found on the machine.
 #[derive(Clone, Debug)]
@@ -24,14 +30,20 @@ pub struct Machine {
     pub root: bool,
     /// A Docker daemon answers.
     pub docker: bool,
-    /// `apt-get` is there.
-    pub apt: bool,
-    /// A C compiler is there.
-    pub cc: bool,
+    /// It is the one that the harness started.
+    pub ours: bool,
+    /// The processor, as Rust names it.
+    pub architecture: String,
+    /// The release of Debian, such as `bookworm`.
+    pub release: Option<String>,
     /// What `go version` prints, where there is a Go.
     pub go: Option<String>,
     /// Whether the expensive things were built before.
     pub warm: bool,
+    /// How many clusters must be made.
+    pub new_clusters: u64,
+    /// The kernel's `fs.inotify.max_user_instances`.
+    pub inotify_instances: u32,
     /// Free bytes where the cache is.
     pub free_disk: u64,
     /// Bytes of memory that can be had.
@@ -43,18 +55,20 @@ impl Machine {
     ///
     /// # Errors
     /// When the cache's file system or `/proc` cannot be read.
-    pub async fn look(paths: &Paths, docker: bool) -> Result<Self> {
+    pub async fn look(paths: &Paths, engine: Option<&Engine>, new_clusters: u64) -> Result<Self> {
         let existing = paths.root().ancestors().find(|dir| dir.exists()).unwrap_or(Path::new("/"));
         let disk = rustix::fs::statvfs(existing).with_context(|| format!("read {}", existing.display()))?;
-        let warm = std::fs::read_dir(paths.cache())
-            .is_ok_and(|mut entries| entries.any(|entry| entry.is_ok_and(|e| is_programs(&e.file_name()))));
         Ok(Self {
             root: rustix::process::geteuid().is_root(),
-            docker,
-            apt: runs("apt-get", "--version").await,
-            cc: runs("cc", "--version").await,
-            go: super::programs::go_version().await.ok(),
-            warm,
+            docker: engine.is_some(),
+            ours: engine.is_some_and(|engine| engine.ours),
+            architecture: std::env::consts::ARCH.to_owned(),
+            release: node_image::debian_release().ok(),
+            go: programs::go_version(e2e_dir()).await.ok(),
+            // The images for pods are made last of all.
+            warm: Images::load(paths).is_ok(),
+            new_clusters,
+            inotify_instances: inotify_instances()?,
             free_disk: disk.f_bavail * disk.f_frsize,
             free_memory: available_memory(
                 &std::fs::read_to_string("/proc/meminfo").context("read /proc/meminfo")?,
@@ -73,14 +87,27 @@ impl Machine {
                     .to_owned(),
             );
         }
-        if !self.apt {
-            problems.push(
-                "apt-get is missing: the images for tests come from Debian packages, so use Debian 12 or newer"
-                    .to_owned(),
-            );
+        if self.architecture != "x86_64" {
+            problems.push(format!(
+                "the processor is {}: the images are made for x86_64, use such a machine",
+                self.architecture
+            ));
         }
-        if !self.cc {
-            problems.push("no C compiler: install one, as in apt-get install gcc libc6-dev".to_owned());
+        if self.release.as_deref() != Some(DEBIAN_RELEASE) {
+            problems.push(format!(
+                "this is {}, not Debian 12 ({DEBIAN_RELEASE}), from whose packages the images are made: use a machine \
+                 or a container with Debian 12",
+                self.release.as_deref().unwrap_or("an unknown system")
+            ));
+        }
+        // With an engine of ours, `up` raises the setting and `down` restores it; a machine that has Docker is its
+        // owner's to set up.
+        if self.docker && !self.ours && self.new_clusters > 1 && self.inotify_instances < INOTIFY_INSTANCES {
+            problems.push(format!(
+                "fs.inotify.max_user_instances is {}, too few for several clusters: run, as root, sysctl \
+                 fs.inotify.max_user_instances={INOTIFY_INSTANCES}",
+                self.inotify_instances
+            ));
         }
         match self.go.as_deref().map(go_minor) {
             Some(Some(minor)) if minor >= 21 => {}
@@ -102,11 +129,13 @@ impl Machine {
                 gib(disk)
             ));
         }
-        if self.free_memory < MEMORY {
+        let memory = self.new_clusters * MEMORY_OF_A_CLUSTER;
+        if self.free_memory < memory {
             problems.push(format!(
-                "too little memory: {} free of the {} needed; end other programs",
+                "too little memory: {} free of the {} that {} new clusters need; end other programs",
                 gib(self.free_memory),
-                gib(MEMORY)
+                gib(memory),
+                self.new_clusters
             ));
         }
         problems
@@ -123,13 +152,17 @@ impl Machine {
     }
 }
 
-fn is_programs(name: &std::ffi::OsStr) -> bool {
-    name.to_string_lossy().starts_with("programs-")
+/// The kernel's setting now.
+///
+/// # Errors
+/// When it cannot be read.
+pub fn inotify_instances() -> Result<u32> {
+    let value = std::fs::read_to_string(INOTIFY_FILE).with_context(|| format!("read {INOTIFY_FILE}"))?;
+    value.trim().parse().with_context(|| format!("parse {INOTIFY_FILE}"))
 }
 
-async fn runs(program: &str, argument: &str) -> bool {
-    Command::new(program).arg(argument).output().await.is_ok_and(|output| output.status.success())
-}
+/// Where the kernel has the setting.
+pub const INOTIFY_FILE: &str = "/proc/sys/fs/inotify/max_user_instances";
 
 /// The `26` of `go version go1.26.8 linux/amd64`.
 fn go_minor(version: &str) -> Option<u32> {
@@ -158,10 +191,13 @@ mod tests {
         Machine {
             root: true,
             docker: false,
-            apt: true,
-            cc: true,
+            ours: false,
+            architecture: "x86_64".to_owned(),
+            release: Some("bookworm".to_owned()),
             go: Some("go version go1.26.8 linux/amd64".to_owned()),
             warm: false,
+            new_clusters: 2,
+            inotify_instances: 128,
             free_disk: 80 * GIB,
             free_memory: 20 * GIB,
         }
@@ -170,15 +206,18 @@ mod tests {
     #[test]
     fn a_good_machine_has_no_problems_and_docker_makes_up_for_root() {
         assert_eq!(good().problems(), Vec::<String>::new());
-        assert_eq!(Machine { root: false, docker: true, ..good() }.problems(), Vec::<String>::new());
+        let with_docker = Machine { root: false, docker: true, inotify_instances: 8192, ..good() };
+        assert_eq!(with_docker.problems(), Vec::<String>::new());
     }
 
     #[test]
     fn each_problem_says_what_to_install_or_free() {
         let cases = [
             (Machine { root: false, ..good() }, "start Docker"),
-            (Machine { apt: false, ..good() }, "use Debian"),
-            (Machine { cc: false, ..good() }, "apt-get install gcc"),
+            (Machine { architecture: "aarch64".to_owned(), ..good() }, "use such a machine"),
+            (Machine { release: Some("trixie".to_owned()), ..good() }, "this is trixie, not Debian 12"),
+            (Machine { release: None, ..good() }, "use a machine or a container with Debian 12"),
+            (Machine { docker: true, ..good() }, "sysctl fs.inotify.max_user_instances=1024"),
             (Machine { go: None, ..good() }, "install Go 1.26"),
             (Machine { go: Some("go version go1.19.8 linux/amd64".to_owned()), ..good() }, "install Go 1.26"),
             (Machine { free_disk: 8 * GIB, ..good() }, "8.0 GiB free of the 16.0 GiB needed"),
@@ -193,7 +232,8 @@ mod tests {
     }
 
     #[test]
-    fn a_warm_machine_needs_less_room() {
+    fn a_warm_machine_needs_less_room_and_running_clusters_no_more_memory() {
         assert_eq!(Machine { free_disk: 5 * GIB, warm: true, ..good() }.problems(), Vec::<String>::new());
+        assert_eq!(Machine { free_memory: GIB, new_clusters: 0, ..good() }.problems(), Vec::<String>::new());
     }
 }

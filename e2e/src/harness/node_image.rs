@@ -57,12 +57,17 @@ pub async fn find_or_make(harness: &Harness, engine: &Engine) -> Result<NodeImag
     if engine.has_image(&ours.name).await {
         return Ok(ours);
     }
-    if pull(engine).await {
+    eprintln!("  … pull the official node image");
+    let Err(refusal) = pull(engine).await else {
+        eprintln!("  ✓ pull the official node image");
         return Ok(NodeImage { name: OFFICIAL.to_owned(), ours: false });
-    }
-    eprintln!("  · the official node image cannot be pulled: building one");
+    };
+    eprintln!("  · it cannot be pulled, so one is built: {refusal}");
     if !rustix::process::geteuid().is_root() {
-        bail!("the node image is built from Debian packages by debootstrap, which needs root: run as root");
+        bail!(
+            "{OFFICIAL} cannot be pulled ({refusal}), and only root can build a node image: let Docker reach its \
+             registry, or run as root"
+        );
     }
     build(harness, engine, &ours.name).await?;
     remove_older(engine, &ours.name).await;
@@ -70,35 +75,45 @@ pub async fn find_or_make(harness: &Harness, engine: &Engine) -> Result<NodeImag
 }
 
 async fn key() -> Result<String> {
-    let go = super::programs::go_version().await?;
+    let go = super::programs::go_version(&KUBERNETES.dir()).await?;
     let key = Key::new().with(go).with(debian_release()?).with(ROOT_PACKAGES);
     let key = key
         .with_files(&KUBERNETES.dir())?
         .with_files(&CONTAINERD.dir())?
         .with_files(&e2e_dir().join("node"))?;
-    // This file decides what goes in.
-    Ok(key.with(include_str!("node_image.rs")).finish())
+    // These files decide what goes in. Debian's packages are taken as they are when it is built.
+    let code = [include_str!("node_image.rs"), include_str!("archive.rs"), include_str!("programs.rs")];
+    Ok(code.into_iter().fold(key, Key::with).finish())
 }
 
-async fn pull(engine: &Engine) -> bool {
+/// Pulls the official image, or says why that is not possible.
+async fn pull(engine: &Engine) -> Result<(), String> {
     let mut command = engine.docker();
     command.args(["pull", "--quiet", OFFICIAL]).kill_on_drop(true);
-    let pulled = tokio::time::timeout(PULL_TIMEOUT, command.output()).await;
-    pulled.is_ok_and(|output| output.is_ok_and(|output| output.status.success()))
+    match tokio::time::timeout(PULL_TIMEOUT, command.output()).await {
+        Ok(Ok(output)) if output.status.success() => Ok(()),
+        Ok(Ok(output)) => Err(String::from_utf8_lossy(&output.stderr).trim().to_owned()),
+        Ok(Err(error)) => Err(error.to_string()),
+        Err(_) => Err(format!("not done after {} min", PULL_TIMEOUT.as_secs() / 60)),
+    }
 }
 
-async fn remove_older(engine: &Engine, newest: &str) {
+/// Removes the images built here, but `newest` and those that a cluster runs.
+pub async fn remove_older(engine: &Engine, newest: &str) {
     let listed =
         engine.docker().args(["images", "--format", "{{.Repository}}:{{.Tag}}", REPOSITORY]).output().await;
     let Ok(listed) = listed else { return };
     for old in String::from_utf8_lossy(&listed.stdout).lines().filter(|name| *name != newest) {
-        // One in use by a cluster is refused, and goes the next time.
+        // One that a cluster runs is refused, and goes the next time.
         let _ = engine.docker().args(["image", "rm", old]).output().await;
     }
 }
 
-/// `bookworm`.
-fn debian_release() -> Result<String> {
+/// `bookworm`, where the machine runs Debian 12.
+///
+/// # Errors
+/// When `/etc/os-release` names no release.
+pub fn debian_release() -> Result<String> {
     let release = std::fs::read_to_string("/etc/os-release").context("read /etc/os-release")?;
     release
         .lines()
@@ -113,11 +128,12 @@ async fn build(harness: &Harness, engine: &Engine, name: &str) -> Result<()> {
             .await?;
     let tools = super::engine::packages(harness).await?;
     // One wants the processors, the other the network.
-    let (root, (kubernetes, containerd)) = tokio::try_join!(debian_root(harness, &packages), async {
-        Ok((KUBERNETES.build(harness).await?, CONTAINERD.build(harness).await?))
-    })?;
-    let work = harness.paths.cache().join(".making-node");
-    remove_dir(&work)?;
+    // Both run to their end also when one fails: a killed debootstrap would leave its mounts.
+    let (root, programs) = tokio::join!(debian_root(harness, &packages), async {
+        Ok::<_, anyhow::Error>((KUBERNETES.build(harness).await?, CONTAINERD.build(harness).await?))
+    });
+    let (root, (kubernetes, containerd)) = (root?, programs?);
+    let work = harness.paths.making("node");
     std::fs::create_dir_all(work.join("images"))?;
     harness
         .steps
@@ -342,14 +358,12 @@ async fn import(log: &Log, engine: &Engine, node: &Path, name: &str) -> Result<(
     let mut import = engine.docker();
     import.args(["import", "--change", r#"ENTRYPOINT ["/usr/local/bin/entrypoint","/sbin/init"]"#]);
     import.args(["--change", "ENV container=docker"]);
-    import.args([
-        "--change",
-        "ENV PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
-        "-",
-        name,
-    ]);
-    log.run_with_input(&mut import, stream).await?;
+    import.args(["--change", "ENV PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"]);
+    // The engine cannot tell the end of a stream from its breaking off: the name comes when tar has succeeded.
+    let draft = format!("{REPOSITORY}:draft");
+    log.run_with_input(import.args(["-", &draft]), stream).await?;
     let status = tar.wait().await?;
     anyhow::ensure!(status.success(), "tar ended with {status}");
-    Ok(())
+    log.run(engine.docker().args(["tag", &draft, name])).await?;
+    log.run(engine.docker().args(["image", "rm", &draft])).await
 }

@@ -7,6 +7,9 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
+/// What the names of folders in `cache/` begin with that are not whole yet.
+pub const MAKING: &str = ".making-";
+
 /// The harness's folders. They exist once [`Paths::create`] has returned.
 #[derive(Clone, Debug)]
 pub struct Paths {
@@ -51,6 +54,12 @@ impl Paths {
     #[must_use]
     pub fn cache(&self) -> PathBuf {
         self.root.join("cache")
+    }
+
+    /// Where the entry `name` of the cache is made, to be renamed when it is whole.
+    #[must_use]
+    pub fn making(&self, name: &str) -> PathBuf {
+        self.cache().join(format!("{MAKING}{name}"))
     }
 
     /// One file per step of the last run.

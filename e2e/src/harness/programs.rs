@@ -1,6 +1,6 @@
 //! Go programs, built from modules whose exact versions the `go.mod` files below `e2e/programs` pin.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use tokio::process::Command;
@@ -45,7 +45,7 @@ impl Module {
     /// # Errors
     /// When Go is missing, or a download or build fails.
     pub async fn build(&self, harness: &Harness) -> Result<PathBuf> {
-        let go = go_version().await?;
+        let go = go_version(&self.dir()).await?;
         let ldflags = self.ldflags();
         let key = Key::new().with(&go).with(&ldflags).with(self.tags).with_files(&self.dir())?.finish();
         cache::entry(&harness.paths, &format!("programs-{}", self.name), &key, async |out| {
@@ -100,13 +100,19 @@ impl Module {
     }
 }
 
-/// What `go version` prints.
+/// What `go version` prints in a module's folder, where an older Go fetches the version that the module wants.
 ///
 /// # Errors
-/// When there is no Go.
-pub async fn go_version() -> Result<String> {
-    let output = Command::new("go").arg("version").output().await.context(
-        "Go is not installed: install Go 1.26 or newer from https://go.dev/dl and put its bin folder on PATH",
-    )?;
+/// When there is no Go, or it is too old for that.
+pub async fn go_version(dir: &Path) -> Result<String> {
+    let install = "install Go 1.26 or newer from https://go.dev/dl and put its bin folder on PATH";
+    let output = Command::new("go").arg("version").current_dir(dir).output().await;
+    let output = output.with_context(|| format!("Go is not installed: {install}"))?;
+    anyhow::ensure!(
+        output.status.success(),
+        "go version in {}: {}: {install}",
+        dir.display(),
+        String::from_utf8_lossy(&output.stderr).trim()
+    );
     Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
 }

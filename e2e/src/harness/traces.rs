@@ -1,8 +1,9 @@
 //! What clusters leave on the machine outside of the cache, and how it goes away: processes, mounts, loop
 //! devices, network links, firewall rules, cgroups and kernel settings.
 //!
-//! Everything is judged against what was there [`Before`] our engine first started, so what belongs to others
-//! is neither reported nor touched. Where the engine is the machine's own, none of this applies.
+//! A trace is ours when it is of a kind that Docker or a node makes *and* was not there [`Before`] our engine
+//! first started: neither what others had nor what they made meanwhile is reported or touched. Where the engine
+//! is the machine's own, none of this applies.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -15,29 +16,28 @@ use serde::{Deserialize, Serialize};
 use super::Harness;
 use super::cache::remove_dir;
 use super::debian::Packages;
-use super::engine::{end_process, engine_dir};
+use super::engine::{self, end_process, engine_dir};
 use super::paths::Paths;
-use crate::csi::pool::POOL_FILE;
+use crate::csi::POOL_FILE;
 
-/// Kernel settings that Docker, kubelet, kube-proxy or the harness change: files or folders below `/proc/sys`.
-const SETTINGS: [&str; 13] = [
+/// Kernel settings that Docker, kubelet, systemd in a node or the harness change, below `/proc/sys`.
+const SETTINGS: [&str; 10] = [
     "fs/file-max",
-    "fs/inotify",
+    "fs/inotify/max_user_instances",
     "fs/nr_open",
-    "kernel/keys",
+    "kernel/keys/root_maxbytes",
+    "kernel/keys/root_maxkeys",
     "kernel/panic",
     "kernel/panic_on_oops",
-    "net/bridge",
-    "net/ipv4/conf",
     "net/ipv4/ip_forward",
-    "net/ipv6/conf",
-    "net/netfilter",
     "vm/overcommit_memory",
     "vm/panic_on_oom",
 ];
+/// The same, of each network link.
+const LINK_SETTINGS: [&str; 2] = ["accept_redirects", "forwarding"];
 
 /// Folders that Docker and its containerd make, wherever their own folders are told to be.
-const RUN_DIRS: [&str; 2] = ["/run/containerd", "/run/docker"];
+const DIRS: [&str; 3] = ["/opt/containerd", "/run/containerd", "/run/docker"];
 
 /// The state of the machine before our engine first started.
 #[derive(Debug, Default, Serialize, Deserialize)]
@@ -49,12 +49,14 @@ pub struct Before {
     links: BTreeSet<String>,
     /// As `nft list tables` names them.
     tables: BTreeSet<String>,
-    /// Chain policies of iptables, by table and chain.
-    policies: BTreeMap<String, String>,
-    /// Folders directly below the cgroup hierarchies.
+    /// The output of iptables-save, by line.
+    rules: BTreeSet<String>,
+    /// The policy of the chain FORWARD, which Docker changes; absent where there was no such chain.
+    forward_policy: Option<String>,
+    /// Docker's folders in the cgroup hierarchies.
     cgroups: BTreeSet<PathBuf>,
-    /// Those of [`RUN_DIRS`] that exist.
-    run_dirs: BTreeSet<PathBuf>,
+    /// Those of [`DIRS`] that exist.
+    dirs: BTreeSet<PathBuf>,
 }
 
 impl Before {
@@ -71,14 +73,16 @@ impl Before {
         if Self::load(paths).is_some() {
             return Ok(());
         }
+        let rules = iptables_save(packages).await?;
         let before = Self {
             boot_id: boot_id()?,
             settings: settings(),
             links: links()?,
             tables: tables(packages).await?,
-            policies: policies(&iptables_save(packages).await?),
+            forward_policy: forward_policy(&rules).map(str::to_owned),
+            rules: rules.lines().map(str::to_owned).collect(),
             cgroups: cgroups(),
-            run_dirs: run_dirs(),
+            dirs: dirs(),
         };
         let file = Self::file(paths);
         let draft = file.with_extension("json.new");
@@ -98,22 +102,16 @@ impl Before {
 /// When the machine cannot be read.
 pub async fn list(harness: &Harness) -> Result<Vec<String>> {
     let dir = engine_dir(&harness.paths);
-    let mut left: Vec<String> =
-        processes(&harness.paths)?.into_iter().map(|(pid, name)| format!("process {pid}: {name}")).collect();
-    left.extend(mounts(harness.paths.root())?.iter().map(|mount| format!("mount {}", mount.display())));
-    left.extend(loop_devices(&dir)?.iter().map(|device| format!("loop device {device}")));
+    let mut left = Vec::new();
+    left.extend(processes(&harness.paths)?.into_iter().map(|(pid, name)| format!("process {pid}: {name}")));
+    left.extend(mounts(&dir)?.iter().map(|mount| format!("mount {}", mount.display())));
     if let Some(before) = Before::load(&harness.paths) {
-        let packages = engine_packages(harness).await?;
+        let packages = engine::packages(harness).await?;
+        left.extend(loop_devices(&dir)?.iter().map(|device| format!("loop device {device}")));
         left.extend(links()?.difference(&before.links).map(|link| format!("network link {link}")));
-        left.extend(
-            tables(&packages)
-                .await?
-                .difference(&before.tables)
-                .map(|table| format!("firewall table {table}")),
-        );
         let rules = iptables_save(&packages).await?;
-        left.extend(rules.lines().filter(|line| is_ours(line)).map(|line| format!("firewall rule {line}")));
-        left.extend(run_dirs().difference(&before.run_dirs).map(|dir| format!("folder {}", dir.display())));
+        left.extend(our_rules(&rules, &before).map(|line| format!("firewall rule {line}")));
+        left.extend(dirs().difference(&before.dirs).map(|dir| format!("folder {}", dir.display())));
         left.extend(cgroups().difference(&before.cgroups).map(|group| format!("cgroup {}", group.display())));
         let now = settings();
         left.extend(changed_settings(&before.settings, &now).map(|(name, value)| {
@@ -132,32 +130,73 @@ pub async fn clear(harness: &Harness) -> Result<()> {
     for (pid, _) in processes(&harness.paths)? {
         end_process(pid, Duration::from_secs(2)).await?;
     }
-    // The innermost first: later lines of the mount table lie on earlier ones.
-    for mount in mounts(harness.paths.root())?.iter().rev() {
-        unmount(mount, UnmountFlags::DETACH).with_context(|| format!("unmount {}", mount.display()))?;
-    }
+    unmount_below(&dir)?;
+    clear_making(&harness.paths).await?;
     let Some(before) = Before::load(&harness.paths) else {
         return Ok(());
     };
-    let packages = engine_packages(harness).await?;
+    let packages = engine::packages(harness).await?;
     for device in loop_devices(&dir)? {
         run(&packages, "losetup", &["--detach", &format!("/dev/{device}")]).await?;
     }
     for link in links()?.difference(&before.links) {
         run(&packages, "ip", &["link", "delete", link]).await?;
     }
-    restore_firewall(&packages, &before).await?;
-    for dir in run_dirs().difference(&before.run_dirs) {
+    restore_firewall(&harness.paths, &packages, &before).await?;
+    for dir in dirs().difference(&before.dirs) {
         remove_dir(dir)?;
     }
     for group in cgroups().difference(&before.cgroups) {
         remove_cgroup(group)?;
     }
-    for (name, value) in changed_settings(&before.settings, &settings()) {
-        let file = Path::new("/proc/sys").join(name);
-        std::fs::write(&file, value).with_context(|| format!("write {value} to {}", file.display()))?;
+    // Writing net.ipv4.ip_forward changes the setting of every link, so those are looked at once more.
+    for _ in 0..2 {
+        for (name, value) in changed_settings(&before.settings, &settings()) {
+            let file = Path::new("/proc/sys").join(name);
+            std::fs::write(&file, value).with_context(|| format!("write {value} to {}", file.display()))?;
+        }
     }
     Ok(())
+}
+
+/// Ends what a killed run was still making for the cache, and removes it. The caller holds the harness's lock.
+///
+/// # Errors
+/// When something cannot be removed.
+pub async fn clear_making(paths: &Paths) -> Result<()> {
+    let making = paths.making("").to_string_lossy().into_owned();
+    for (pid, program, command) in all_processes()? {
+        // kind outlives a killed harness too, and would go on with a cluster that is made anew.
+        let is_kind = program.starts_with(paths.cache()) && program.ends_with("kind");
+        if is_kind || command.contains(&making) {
+            end_process(pid, Duration::from_secs(2)).await?;
+        }
+    }
+    for entry in
+        std::fs::read_dir(paths.cache()).with_context(|| format!("read {}", paths.cache().display()))?
+    {
+        let entry = entry?.path();
+        if entry.to_string_lossy().starts_with(&making) {
+            // debootstrap mounts /proc in what it makes.
+            unmount_below(&entry)?;
+            remove_dir(&entry)?;
+        }
+    }
+    Ok(())
+}
+
+/// Unmounts all that lies in a folder, the innermost first: later lines of the mount table lie on earlier ones.
+fn unmount_below(dir: &Path) -> Result<()> {
+    for mount in mounts(dir)?.iter().rev() {
+        unmount(mount, UnmountFlags::DETACH).with_context(|| format!("unmount {}", mount.display()))?;
+    }
+    Ok(())
+}
+
+/// Whether our engine changed the machine and that has not been taken back.
+#[must_use]
+pub fn are_recorded(paths: &Paths) -> bool {
+    Before::load(paths).is_some()
 }
 
 /// Forgets the state before: the machine is as it was.
@@ -171,19 +210,26 @@ pub fn forget(paths: &Paths) -> Result<()> {
     }
 }
 
-async fn engine_packages(harness: &Harness) -> Result<Packages> {
-    super::engine::packages(harness).await
-}
-
 fn boot_id() -> Result<String> {
     std::fs::read_to_string("/proc/sys/kernel/random/boot_id").context("read the kernel's boot id")
 }
 
-/// Processes of our engine: their program lies in the harness's folder, their command names the engine's
-/// folder, or they run in one of its containers.
+/// Processes of our engine: their program lies in the harness's cache, their command names the engine's folder,
+/// or they run in one of its containers.
 fn processes(paths: &Paths) -> Result<Vec<(i32, String)>> {
     let dir = engine_dir(paths).to_string_lossy().into_owned();
     let containers = container_ids(&dir);
+    let mut found = all_processes()?;
+    found.retain(|(pid, program, command)| {
+        let groups = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
+        let in_container = containers.iter().any(|id| groups.contains(id.as_str()));
+        in_container || program.starts_with(paths.cache()) || is_engine_command(command, &dir)
+    });
+    Ok(found.into_iter().map(|(pid, _, command)| (pid, command)).collect())
+}
+
+/// All processes but ourselves: number, program and command.
+fn all_processes() -> Result<Vec<(i32, PathBuf, String)>> {
     let mut found = Vec::new();
     for entry in std::fs::read_dir("/proc").context("read /proc")? {
         let Some(pid) = entry?.file_name().to_str().and_then(|name| name.parse::<i32>().ok()) else {
@@ -192,10 +238,8 @@ fn processes(paths: &Paths) -> Result<Vec<(i32, String)>> {
         let program = std::fs::read_link(format!("/proc/{pid}/exe")).unwrap_or_default();
         let command = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
         let command = String::from_utf8_lossy(&command).replace('\0', " ");
-        let groups = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
-        let in_container = containers.iter().any(|id| groups.contains(id.as_str()));
-        if in_container || program.starts_with(paths.root()) || is_engine_command(&command, &dir) {
-            found.push((pid, command.trim().to_owned()));
+        if u32::try_from(pid) != Ok(std::process::id()) {
+            found.push((pid, program, command.trim().to_owned()));
         }
     }
     Ok(found)
@@ -239,34 +283,28 @@ fn loop_devices(dir: &Path) -> Result<Vec<String>> {
     Ok(found)
 }
 
+/// Network links with names that Docker gives.
 fn links() -> Result<BTreeSet<String>> {
     let entries = std::fs::read_dir("/sys/class/net").context("read /sys/class/net")?;
-    Ok(entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok()).collect())
+    let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+    Ok(names.filter(|name| name == "docker0" || name.starts_with("veth") || is_bridge(name)).collect())
 }
 
 fn settings() -> BTreeMap<String, String> {
-    fn read(path: &Path, into: &mut BTreeMap<String, String>) {
-        if path.is_dir() {
-            for entry in std::fs::read_dir(path).into_iter().flatten().flatten() {
-                read(&entry.path(), into);
-            }
-        } else if let Ok(value) = std::fs::read_to_string(path)
-            && let Ok(name) = path.strip_prefix("/proc/sys")
-        {
-            into.insert(name.to_string_lossy().into_owned(), value.trim().to_owned());
+    let mut names: Vec<String> = SETTINGS.map(str::to_owned).into();
+    for links in ["net/ipv4/conf", "net/ipv6/conf"] {
+        for link in std::fs::read_dir(Path::new("/proc/sys").join(links)).into_iter().flatten().flatten() {
+            names.extend(LINK_SETTINGS.map(|name| format!("{links}/{}/{name}", link.file_name().display())));
         }
     }
-    let mut found = BTreeMap::new();
-    for name in SETTINGS {
-        read(&Path::new("/proc/sys").join(name), &mut found);
-    }
-    found.retain(|name, _| !is_counter(name));
-    found
-}
-
-/// Settings files that hold a measurement.
-fn is_counter(name: &str) -> bool {
-    name.ends_with("nf_conntrack_count") || name.ends_with("/stable_secret")
+    let read = |name: &String| std::fs::read_to_string(Path::new("/proc/sys").join(name));
+    names
+        .into_iter()
+        .filter_map(|name| {
+            let value = read(&name).ok()?;
+            Some((name, value.trim().to_owned()))
+        })
+        .collect()
 }
 
 /// Settings of before that have another value now; those whose file is gone went with what made them.
@@ -288,13 +326,13 @@ fn cgroups() -> BTreeSet<PathBuf> {
     hierarchies
         .iter()
         .flat_map(|hierarchy| std::fs::read_dir(hierarchy).into_iter().flatten().flatten())
-        .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
         .map(|entry| entry.path())
+        .filter(|group| group.ends_with("docker") && group.is_dir())
         .collect()
 }
 
-fn run_dirs() -> BTreeSet<PathBuf> {
-    RUN_DIRS.iter().map(PathBuf::from).filter(|dir| dir.exists()).collect()
+fn dirs() -> BTreeSet<PathBuf> {
+    DIRS.iter().map(PathBuf::from).filter(|dir| dir.exists()).collect()
 }
 
 fn remove_cgroup(group: &Path) -> Result<()> {
@@ -315,27 +353,20 @@ async fn iptables_save(packages: &Packages) -> Result<String> {
     output(packages, "iptables-save", &[]).await
 }
 
-/// Policies of the built-in chains in the output of iptables-save, as `filter FORWARD` → `ACCEPT`.
-fn policies(saved: &str) -> BTreeMap<String, String> {
-    let mut table = "";
-    let mut found = BTreeMap::new();
-    for line in saved.lines() {
-        if let Some(name) = line.strip_prefix('*') {
-            table = name;
-        } else if let Some((chain, rest)) = line.strip_prefix(':').and_then(|line| line.split_once(' '))
-            && let Some(policy) = rest.split(' ').next()
-            && policy != "-"
-        {
-            found.insert(format!("{table} {chain}"), policy.to_owned());
-        }
-    }
-    found
+/// The policy of the chain FORWARD in the output of iptables-save.
+fn forward_policy(saved: &str) -> Option<&str> {
+    let (_, filter) = saved.split_once("*filter\n")?;
+    filter.lines().find_map(|line| line.strip_prefix(":FORWARD ")?.split(' ').next())
 }
 
-/// Whether a line of iptables-save is Docker's: it names one of its chains or bridges.
-fn is_ours(line: &str) -> bool {
+/// Lines of iptables-save that came with our engine.
+fn our_rules<'a>(saved: &'a str, before: &Before) -> impl Iterator<Item = &'a str> {
+    saved.lines().filter(|line| is_dockers(line) && !before.rules.contains(*line))
+}
+
+/// Whether a line of iptables-save names one of Docker's chains or bridges.
+fn is_dockers(line: &str) -> bool {
     line.split([' ', ':']).any(|word| word.starts_with("DOCKER") || word == "docker0" || is_bridge(word))
-        || line.contains("MASQUERADE") && line.contains("! -o br-")
 }
 
 /// Docker names a network's bridge `br-` and 12 hex digits of its id.
@@ -343,47 +374,41 @@ fn is_bridge(word: &str) -> bool {
     word.strip_prefix("br-").is_some_and(|id| id.len() == 12 && id.bytes().all(|b| b.is_ascii_hexdigit()))
 }
 
-/// The output of iptables-save without Docker's lines and with the policies of before.
-fn without_docker(saved: &str, before: &BTreeMap<String, String>) -> String {
-    let mut table = String::new();
+/// The output of iptables-save without the lines of our engine, and with the policy of before for FORWARD.
+fn without_ours(saved: &str, before: &Before) -> String {
+    let ours: BTreeSet<&str> = our_rules(saved, before).collect();
     let mut kept = String::new();
-    for line in saved.lines().filter(|line| !is_ours(line)) {
+    let mut table = "";
+    for line in saved.lines().filter(|line| !ours.contains(line)) {
         if let Some(name) = line.strip_prefix('*') {
-            name.clone_into(&mut table);
+            table = name;
         }
-        let policy = line.strip_prefix(':').and_then(|line| line.split_once(' ')).and_then(|(chain, _)| {
-            let policy = before.get(&format!("{table} {chain}")).map_or("ACCEPT", String::as_str);
-            (!line.contains(" - ")).then(|| format!(":{chain} {policy} [0:0]"))
-        });
-        kept.push_str(policy.as_deref().unwrap_or(line));
-        kept.push('\n');
+        if table == "filter" && line.starts_with(":FORWARD ") {
+            kept.push_str(":FORWARD ");
+            kept.push_str(before.forward_policy.as_deref().unwrap_or("ACCEPT"));
+            kept.push_str(" [0:0]\n");
+        } else {
+            kept.push_str(line);
+            kept.push('\n');
+        }
     }
     kept
 }
 
-async fn restore_firewall(packages: &Packages, before: &Before) -> Result<()> {
+async fn restore_firewall(paths: &Paths, packages: &Packages, before: &Before) -> Result<()> {
     let saved = iptables_save(packages).await?;
-    if saved.lines().any(is_ours) {
-        let file = std::env::temp_dir().join(format!("sts-backup-e2e-rules-{}", std::process::id()));
-        std::fs::write(&file, without_docker(&saved, &before.policies))?;
-        let restored = run(packages, "iptables-restore", &[&file.to_string_lossy()]).await;
+    if our_rules(&saved, before).next().is_some() {
+        let file = paths.state().join("firewall");
+        std::fs::write(&file, without_ours(&saved, before))?;
+        run(packages, "iptables-restore", &[&file.to_string_lossy()]).await?;
         std::fs::remove_file(&file)?;
-        restored?;
     }
+    // iptables makes its tables when they are first used; those that are new and have no rule are of no use.
     for table in tables(packages).await?.difference(&before.tables) {
-        let rules = output(
-            packages,
-            "nft",
-            &[&["list", "table"], table.split(' ').collect::<Vec<_>>().as_slice()].concat(),
-        )
-        .await?;
-        if is_empty_table(&rules) {
-            run(
-                packages,
-                "nft",
-                &[&["delete", "table"], table.split(' ').collect::<Vec<_>>().as_slice()].concat(),
-            )
-            .await?;
+        let words: Vec<&str> = table.split(' ').collect();
+        let listing = output(packages, "nft", &[&["list", "table"], words.as_slice()].concat()).await?;
+        if is_empty_table(&listing) {
+            run(packages, "nft", &[&["delete", "table"], words.as_slice()].concat()).await?;
         }
     }
     Ok(())
@@ -425,25 +450,31 @@ mod tests {
     use super::*;
 
     const SAVED: &str = "*nat\n:PREROUTING ACCEPT [0:0]\n:DOCKER - [0:0]\n-A PREROUTING -m addrtype --dst-type LOCAL -j DOCKER\n\
-         -A POSTROUTING -s 172.17.0.0/16 ! -o docker0 -j MASQUERADE\n-A POSTROUTING -s 10.9.0.0/16 -j MASQUERADE\nCOMMIT\n\
-         *filter\n:FORWARD DROP [0:0]\n:DOCKER-USER - [0:0]\n:MINE - [0:0]\n-A FORWARD -j DOCKER-USER\n\
+         -A POSTROUTING -s 172.17.0.0/16 ! -o docker0 -j MASQUERADE\n-A POSTROUTING -s 10.9.0.0/16 ! -o br-lan -j MASQUERADE\nCOMMIT\n\
+         *filter\n:INPUT DROP [0:0]\n:FORWARD DROP [0:0]\n:DOCKER-USER - [0:0]\n:MINE - [0:0]\n\
+         -A DOCKER-USER -s 203.0.113.9/32 -j DROP\n-A FORWARD -j DOCKER-USER\n\
          -A FORWARD -i br-0123456789ab -o br-0123456789ab -j ACCEPT\n-A MINE -j RETURN\nCOMMIT\n";
 
     #[test]
-    fn only_dockers_rules_are_removed_and_policies_go_back() {
-        let before = BTreeMap::from([("filter FORWARD".to_owned(), "ACCEPT".to_owned())]);
+    fn only_the_rules_of_our_engine_are_removed_and_the_policy_of_forward_goes_back() {
+        let before = Before {
+            rules: [":DOCKER-USER - [0:0]", "-A DOCKER-USER -s 203.0.113.9/32 -j DROP"]
+                .map(str::to_owned)
+                .into(),
+            ..Before::default()
+        };
         assert_eq!(
-            without_docker(SAVED, &before),
-            "*nat\n:PREROUTING ACCEPT [0:0]\n-A POSTROUTING -s 10.9.0.0/16 -j MASQUERADE\nCOMMIT\n\
-             *filter\n:FORWARD ACCEPT [0:0]\n:MINE - [0:0]\n-A MINE -j RETURN\nCOMMIT\n"
+            without_ours(SAVED, &before),
+            "*nat\n:PREROUTING ACCEPT [0:0]\n-A POSTROUTING -s 10.9.0.0/16 ! -o br-lan -j MASQUERADE\nCOMMIT\n\
+             *filter\n:INPUT DROP [0:0]\n:FORWARD ACCEPT [0:0]\n:DOCKER-USER - [0:0]\n:MINE - [0:0]\n\
+             -A DOCKER-USER -s 203.0.113.9/32 -j DROP\n-A MINE -j RETURN\nCOMMIT\n"
         );
     }
 
     #[test]
-    fn policies_of_built_in_chains_are_read_by_table() {
-        let policies = policies(SAVED);
-        assert_eq!(policies.get("filter FORWARD").map(String::as_str), Some("DROP"));
-        assert!(!policies.contains_key("filter MINE"));
+    fn the_policy_of_forward_is_read_from_the_filter_table() {
+        assert_eq!(forward_policy(SAVED), Some("DROP"));
+        assert_eq!(forward_policy("*nat\n:FORWARD DROP [0:0]\nCOMMIT\n"), None);
     }
 
     #[test]

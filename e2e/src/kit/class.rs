@@ -1,7 +1,8 @@
 //! Classes of the test driver with faults of their own, for one test.
 //!
 //! They are cluster-scoped, so each is named after the test's namespace (one of each kind per test), which
-//! also owns it: it goes with the namespace. The name is the driver's `scope` as well, so that one test's faults do not count another's calls.
+//! also owns it: it goes with the namespace. The name is the driver's `scope` as well, so that one test's
+//! faults do not count another's calls.
 
 use std::collections::BTreeMap;
 
@@ -13,22 +14,33 @@ use kube::api::PostParams;
 use sts_backup_api::snapshot::VolumeSnapshotClass;
 
 use super::Namespace;
+use crate::csi::DRIVER_NAME;
 
-/// The name of the test driver that the harness installs.
-pub const DRIVER: &str = "csi.e2e.sts-backup.io";
+/// When a claim of a class gets its volume.
+#[derive(Clone, Copy, Debug)]
+pub enum Binding {
+    /// At once.
+    Immediate,
+    /// When a node is selected for it, by the scheduler for the claim's first pod.
+    WaitForFirstConsumer,
+}
 
-/// Makes a `StorageClass` of the test driver with these parameters, binding at once, and returns its name.
+/// Makes a `StorageClass` of the test driver with these parameters, and returns its name.
 ///
 /// # Errors
 /// When the API server refuses it.
-pub async fn create_storage_class(ns: &Namespace, parameters: &[(&str, &str)]) -> Result<String> {
+pub async fn create_storage_class(
+    ns: &Namespace,
+    binding: Binding,
+    parameters: &[(&str, &str)],
+) -> Result<String> {
     let name = ns.name();
     let class = StorageClass {
         metadata: metadata(ns)?,
-        provisioner: DRIVER.to_owned(),
+        provisioner: DRIVER_NAME.to_owned(),
         parameters: Some(scoped(name, parameters)),
         reclaim_policy: Some("Delete".to_owned()),
-        volume_binding_mode: Some("Immediate".to_owned()),
+        volume_binding_mode: Some(format!("{binding:?}")),
         ..StorageClass::default()
     };
     let classes: Api<StorageClass> = Api::all(ns.cluster().client());
@@ -48,7 +60,7 @@ pub async fn create_snapshot_class(ns: &Namespace, parameters: &[(&str, &str)]) 
     let class = VolumeSnapshotClass {
         metadata: metadata(ns)?,
         parameters: scoped(name, parameters),
-        ..VolumeSnapshotClass::new(name, DRIVER, "Delete")
+        ..VolumeSnapshotClass::new(name, DRIVER_NAME, "Delete")
     };
     let classes: Api<VolumeSnapshotClass> = Api::all(ns.cluster().client());
     classes

@@ -1,13 +1,11 @@
 //! Finds a cluster that the harness made and connects to it.
 
-use std::path::Path;
-
 use anyhow::{Context, Result, bail};
-use kube::config::{KubeConfigOptions, Kubeconfig};
-use kube::{Client, Config};
+use kube::Client;
 
 use crate::harness::images::Images;
 use crate::harness::paths::Paths;
+use crate::kubeconfig::config;
 
 /// A connection to one cluster, as its administrator. Clones share the connections.
 ///
@@ -63,24 +61,7 @@ impl Cluster {
     }
 
     /// For exec, which must never be retried.
-    #[must_use]
-    pub fn exec_client(&self) -> Client {
+    pub(super) fn exec_client(&self) -> Client {
         self.exec_client.clone()
     }
-}
-
-/// A client by a kubeconfig file.
-///
-/// # Errors
-/// When the file cannot be used.
-pub async fn client(kubeconfig: &Path) -> Result<Client> {
-    Client::try_from(config(kubeconfig).await?).context("make the client")
-}
-
-async fn config(kubeconfig: &Path) -> Result<Config> {
-    let file = Kubeconfig::read_from(kubeconfig)
-        .with_context(|| format!("read the kubeconfig {}", kubeconfig.display()))?;
-    Config::from_custom_kubeconfig(file, &KubeConfigOptions::default())
-        .await
-        .with_context(|| format!("use the kubeconfig {}", kubeconfig.display()))
 }

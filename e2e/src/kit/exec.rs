@@ -9,7 +9,7 @@ use kube::Api;
 use kube::api::{AttachParams, AttachedProcess};
 use tokio::io::{AsyncRead, AsyncReadExt};
 
-use super::Namespace;
+use super::Cluster;
 
 /// Generous for any command of a test; a command that takes longer is stuck.
 const EXEC_TIMEOUT: Duration = Duration::from_mins(1);
@@ -44,15 +44,19 @@ impl Output {
 /// Runs `command` in a container and waits for its end. A failing command is a value, see
 /// [`Output::success`]; it is never run twice.
 ///
-/// `container` may be `None` when the pod has only one.
-///
 /// # Errors
 /// When the command could not be started, its end was not learned, or it took longer than a minute. It may
 /// then still be running.
-pub async fn exec(ns: &Namespace, pod: &str, container: Option<&str>, command: &[&str]) -> Result<Output> {
+pub async fn exec(
+    cluster: &Cluster,
+    namespace: &str,
+    pod: &str,
+    container: &str,
+    command: &[&str],
+) -> Result<Output> {
     let name = command.join(" ");
     let outcome = async {
-        let mut process = attach(ns, pod, container, command, false).await?;
+        let mut process = attach(cluster, namespace, pod, container, command, false).await?;
         let status = process.take_status().context("the process has a status")?;
         let stdout = process.stdout().context("the process has a stdout")?;
         let stderr = process.stderr().context("the process has a stderr")?;
@@ -64,23 +68,24 @@ pub async fn exec(ns: &Namespace, pod: &str, container: Option<&str>, command: &
         anyhow::Ok(Output { command: name.clone(), stdout, stderr, exit_code })
     };
     match tokio::time::timeout(EXEC_TIMEOUT, outcome).await {
-        Ok(output) => output.with_context(|| format!("run `{name}` in {}/{pod}", ns.name())),
+        Ok(output) => output.with_context(|| format!("run `{name}` in {namespace}/{pod}")),
         Err(_elapsed) => {
-            bail!("`{name}` in {}/{pod} did not end within {EXEC_TIMEOUT:?}; it may still run", ns.name())
+            bail!("`{name}` in {namespace}/{pod} did not end within {EXEC_TIMEOUT:?}; it may still run")
         }
     }
 }
 
 /// Starts a command in a container, for those that talk to it while it runs.
 pub(super) async fn attach(
-    ns: &Namespace,
+    cluster: &Cluster,
+    namespace: &str,
     pod: &str,
-    container: Option<&str>,
+    container: &str,
     command: &[&str],
     stdin: bool,
 ) -> Result<AttachedProcess> {
-    let pods: Api<Pod> = Api::namespaced(ns.cluster().exec_client(), ns.name());
-    let container = container.map(str::to_owned);
+    let pods: Api<Pod> = Api::namespaced(cluster.exec_client(), namespace);
+    let container = Some(container.to_owned());
     let how = AttachParams { container, stdin, stdout: true, stderr: true, ..AttachParams::default() };
     Ok(pods.exec(pod, command.iter().copied(), &how).await?)
 }

@@ -6,14 +6,13 @@ use anyhow::{Context, Result, anyhow, bail};
 use kube::api::AttachedProcess;
 use tokio::io::{AsyncBufRead, AsyncBufReadExt, AsyncWrite, AsyncWriteExt, BufReader};
 use tokio::sync::{oneshot, watch};
-use tokio::task::JoinHandle;
 
 use super::Postgres;
 use super::exec::{attach, read_all};
 use super::postgres::CONTAINER;
 
-/// A row takes milliseconds; a server or connection that is silent for this long is lost.
-const ROW_TIMEOUT: Duration = Duration::from_secs(30);
+/// psql ends at once when its stdin does. A row has no such limit: a freeze may hold it up for minutes.
+const END_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// The rows that tests wait for take seconds.
 const WAIT_TIMEOUT: Duration = Duration::from_mins(2);
@@ -31,15 +30,22 @@ const WAIT_TIMEOUT: Duration = Duration::from_mins(2);
 /// A load that is dropped ends by itself.
 pub struct WriteLoad {
     progress: watch::Receiver<Progress>,
-    stop: oneshot::Sender<()>,
-    task: JoinHandle<()>,
+    /// Dropped, it stops the load.
+    running: Option<oneshot::Sender<()>>,
 }
 
-/// What the task tells: how far it is, and why it ended early.
+/// What the task tells: how far it is, and how it ended.
 #[derive(Clone, Debug, Default)]
 struct Progress {
     committed: u64,
-    failure: Option<String>,
+    ended: Option<Result<(), String>>,
+}
+
+impl Progress {
+    fn failure(&self) -> Option<anyhow::Error> {
+        let failure = self.ended.clone()?.err()?;
+        Some(anyhow!(failure).context(format!("the write load failed after row {}", self.committed)))
+    }
 }
 
 impl WriteLoad {
@@ -54,18 +60,18 @@ impl WriteLoad {
         let committed = postgres.rows(ordinal).await?.max;
         let psql = ["psql", "-XAtq", "-v", "ON_ERROR_STOP=1"];
         let pod = postgres.pod_name(ordinal);
-        let process = attach(postgres.namespace(), &pod, Some(CONTAINER), &psql, true)
+        let ns = postgres.namespace();
+        let process = attach(ns.cluster(), ns.name(), &pod, CONTAINER, &psql, true)
             .await
             .with_context(|| format!("start the write load in {pod}"))?;
 
-        let (report, progress) = watch::channel(Progress { committed, failure: None });
-        let (stop, stopped) = oneshot::channel();
-        let task = tokio::spawn(async move {
-            if let Err(err) = insert_rows(process, &report, stopped).await {
-                report.send_modify(|progress| progress.failure = Some(format!("{err:#}")));
-            }
+        let (report, progress) = watch::channel(Progress { committed, ended: None });
+        let (running, stopped) = oneshot::channel();
+        tokio::spawn(async move {
+            let end = insert_rows(process, &report, stopped).await.map_err(|err| format!("{err:#}"));
+            report.send_modify(|progress| progress.ended = Some(end));
         });
-        Ok(Self { progress, stop, task })
+        Ok(Self { progress, running: Some(running) })
     }
 
     /// The last acknowledged row: all rows up to this number are committed.
@@ -79,32 +85,26 @@ impl WriteLoad {
     /// # Errors
     /// When the load failed before, or row `n` takes longer than two minutes.
     pub async fn wait_until(&mut self, n: u64) -> Result<()> {
-        let reached =
-            self.progress.wait_for(|progress| progress.committed >= n || progress.failure.is_some());
+        let reached = self.progress.wait_for(|progress| progress.committed >= n || progress.ended.is_some());
         let progress = match tokio::time::timeout(WAIT_TIMEOUT, reached).await {
-            Ok(progress) => progress.context("the write load has ended")?.clone(),
+            Ok(progress) => progress.context("the write load panicked")?.clone(),
             Err(_elapsed) => bail!("row {n} of the write load was not committed within {WAIT_TIMEOUT:?}"),
         };
-        match progress.failure {
-            Some(failure) if progress.committed < n => Err(anyhow!(failure).context("the write load failed")),
-            Some(_) | None => Ok(()),
+        if progress.committed >= n {
+            return Ok(());
         }
+        Err(progress.failure().unwrap_or_else(|| anyhow!("the write load was stopped before row {n}")))
     }
 
     /// Lets the row in flight finish, ends psql, and returns the last committed row: there is none after it.
     ///
     /// # Errors
-    /// When the load failed at any time.
-    pub async fn stop(self) -> Result<u64> {
-        let Self { progress, stop, task } = self;
-        // The task may have ended already; then its failure is in the progress.
-        let _ = stop.send(());
-        task.await.context("the write load panicked")?;
-        let Progress { committed, failure } = progress.borrow().clone();
-        match failure {
-            Some(failure) => Err(anyhow!(failure).context("the write load failed")),
-            None => Ok(committed),
-        }
+    /// When the load failed at any time. [`Self::committed`] still is the last acknowledged row.
+    pub async fn stop(&mut self) -> Result<u64> {
+        self.running = None;
+        let ended = self.progress.wait_for(|progress| progress.ended.is_some()).await;
+        let progress = ended.context("the write load panicked")?.clone();
+        progress.failure().map_or(Ok(progress.committed), Err)
     }
 }
 
@@ -122,7 +122,7 @@ async fn insert_rows(
     let rows = converse(&mut stdin, stdout, report, stopped).await;
     // The end of its stdin ends psql; it cannot be told when the connection is dead.
     let _ = stdin.shutdown().await;
-    let complaints = match tokio::time::timeout(ROW_TIMEOUT, complaints).await {
+    let complaints = match tokio::time::timeout(END_TIMEOUT, complaints).await {
         Ok(complaints) => complaints.context("the reader of stderr panicked")??,
         Err(_elapsed) => "psql did not end".to_owned(),
     };
@@ -147,9 +147,9 @@ async fn converse(
         n += 1;
         let insert = format!("INSERT INTO load (n) VALUES ({n}) RETURNING n;\n");
         stdin.write_all(insert.as_bytes()).await.with_context(|| format!("send row {n}"))?;
-        let line = tokio::time::timeout(ROW_TIMEOUT, acknowledged.next_line())
+        let line = acknowledged
+            .next_line()
             .await
-            .with_context(|| format!("row {n} was not acknowledged within {ROW_TIMEOUT:?}"))?
             .with_context(|| format!("read the acknowledgement of row {n}"))?
             .with_context(|| format!("psql ended before it acknowledged row {n}"))?;
         if line != n.to_string() {
@@ -176,8 +176,10 @@ mod tests {
 
         let end = converse(&mut sent, &b"1\n2\n"[..], &report, stopped).await;
 
-        assert_eq!(end.unwrap_err().to_string(), "psql ended before it acknowledged row 3");
-        assert_eq!(report.borrow().committed, 2);
+        assert_eq!(end.as_ref().unwrap_err().to_string(), "psql ended before it acknowledged row 3");
+        report.send_modify(|progress| progress.ended = Some(end.map_err(|err| err.to_string())));
+        let failure = report.borrow().failure().unwrap();
+        assert_eq!(failure.to_string(), "the write load failed after row 2");
         assert!(String::from_utf8(sent).unwrap().contains("VALUES (3)"));
     }
 

@@ -1,35 +1,41 @@
 //! A namespace per test: made before it, explained when it fails, always removed after it.
 
+use std::collections::BTreeSet;
 use std::panic::{AssertUnwindSafe, resume_unwind};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use futures::FutureExt;
+use futures::future::join_all;
 use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::core::v1::{self, PersistentVolume, ServiceAccount};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference};
-use kube::api::{DeleteParams, PostParams};
+use kube::api::{DeleteParams, ListParams, PostParams};
 use kube::{Api, Resource, ResourceExt};
 use sts_backup_api::snapshot::VolumeSnapshotContent;
 
 use super::Cluster;
-use super::condition::{await_condition, await_deleted, await_none};
+use super::backend::backend_handles;
 use super::report::print_state;
+use crate::condition::{await_condition, await_deleted, await_none};
 
 /// On every namespace of a test, so that what a killed test run left behind can be found and removed.
-pub const TEST_NAMESPACE_LABEL: (&str, &str) = ("app.kubernetes.io/managed-by", "sts-backup-e2e");
+const TEST_NAMESPACE_LABEL: (&str, &str) = ("app.kubernetes.io/managed-by", "sts-backup-e2e");
 
 /// Set to `1` to keep the namespaces of tests, to look at them.
 const KEEP_VARIABLE: &str = "STSB_E2E_KEEP";
 
 /// No test takes this long unless it hangs, and then its state must still be printed.
-const TEST_DEADLINE: Duration = Duration::from_mins(5);
+const TEST_DEADLINE: Duration = Duration::from_mins(15);
 
 /// An API server that is down must not keep a failed test from ending.
 const REPORT_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Covers detaching and deleting a few volumes and snapshots on a busy machine.
 const REMOVAL_TIMEOUT: Duration = Duration::from_mins(2);
+
+/// Before a request is repeated that the API server did not answer.
+const RETRY_PAUSE: Duration = Duration::from_secs(1);
 
 /// The namespace of one test. It is named like nothing else in the cluster.
 #[derive(Clone)]
@@ -66,7 +72,7 @@ impl Namespace {
     ///
     /// # Errors
     /// Never for a namespace that the API server made.
-    pub fn owner_reference(&self) -> Result<OwnerReference> {
+    pub(super) fn owner_reference(&self) -> Result<OwnerReference> {
         self.object.owner_ref(&()).context("a namespace of the API server has a name and a uid")
     }
 
@@ -89,58 +95,129 @@ impl Namespace {
         Ok(Self { cluster: cluster.clone(), object, name })
     }
 
-    /// Removes the namespace and waits until its volumes and snapshots have left the storage, so that the next
-    /// test starts from nothing. What a test chose to `Retain` stays.
+    /// Removes the namespace and makes sure that its volumes and snapshots have left the storage, so that the
+    /// next test starts from nothing. What a test chose to `Retain` stays.
     async fn remove(&self) -> Result<()> {
-        let name = &self.name;
         let client = self.cluster.client();
-        let namespaces: Api<v1::Namespace> = Api::all(client.clone());
-        namespaces
-            .delete(name, &DeleteParams::default())
-            .await
-            .with_context(|| format!("delete the namespace {name}"))?;
-        await_deleted(&namespaces, &self.object, REMOVAL_TIMEOUT).await?;
-
         let volumes: Api<PersistentVolume> = Api::all(client.clone());
+        let contents: Api<VolumeSnapshotContent> = Api::all(client);
+        let everything = ListParams::default();
+        let (listed_volumes, listed_contents) = until_answered("list volumes and snapshots", async || {
+            tokio::try_join!(volumes.list(&everything), contents.list(&everything))
+        })
+        .await?;
+        let listed_volumes = listed_volumes.into_iter().filter(|volume| self.deletes_volume(volume));
+        let listed_contents = listed_contents.into_iter().filter(|content| self.deletes_content(content));
+        let handles: BTreeSet<String> = listed_volumes
+            .filter_map(|volume| Some(volume.spec?.csi?.volume_handle))
+            .chain(listed_contents.filter_map(|content| content.status?.snapshot_handle))
+            .collect();
+
+        let namespaces: Api<v1::Namespace> = Api::all(self.cluster.client());
+        until_answered("delete the namespace", async || {
+            match namespaces.delete(&self.name, &DeleteParams::default()).await {
+                // Gone, or already being deleted by a request whose answer was lost.
+                Err(kube::Error::Api(status)) if matches!(status.code, 404 | 409) => Ok(()),
+                other => other.map(drop),
+            }
+        })
+        .await?;
+        await_deleted(&namespaces, &self.object, REMOVAL_TIMEOUT).await?;
         await_none(&volumes, "volumes of the namespace", REMOVAL_TIMEOUT, |volume| {
-            volume.spec.as_ref().is_some_and(|spec| {
-                spec.persistent_volume_reclaim_policy.as_deref() == Some("Delete")
-                    && spec.claim_ref.as_ref().and_then(|claim| claim.namespace.as_ref()) == Some(name)
-            })
+            self.deletes_volume(volume)
+        })
+        .await?;
+        await_none(&contents, "snapshot contents of the namespace", REMOVAL_TIMEOUT, |content| {
+            self.deletes_content(content)
         })
         .await?;
 
-        let contents: Api<VolumeSnapshotContent> = Api::all(client);
-        await_none(&contents, "snapshot contents of the namespace", REMOVAL_TIMEOUT, |content| {
-            content.spec.deletion_policy == "Delete"
-                && content.spec.volume_snapshot_ref.namespace.as_ref() == Some(name)
+        if handles.is_empty() {
+            return Ok(());
+        }
+        // The sidecars delete from the storage before they let go of the objects: one look is enough.
+        let held = backend_handles(&self.cluster).await?;
+        let left: Vec<&String> = handles.intersection(&held).collect();
+        ensure!(left.is_empty(), "the test driver still holds {left:?}");
+        Ok(())
+    }
+
+    /// Whether the volume is of this namespace and is to go with it.
+    fn deletes_volume(&self, volume: &PersistentVolume) -> bool {
+        volume.spec.as_ref().is_some_and(|spec| {
+            spec.persistent_volume_reclaim_policy.as_deref() == Some("Delete")
+                && spec.claim_ref.as_ref().and_then(|claim| claim.namespace.as_ref()) == Some(&self.name)
         })
-        .await
+    }
+
+    /// Whether the content is of this namespace and is to go with it.
+    fn deletes_content(&self, content: &VolumeSnapshotContent) -> bool {
+        content.spec.deletion_policy == "Delete"
+            && content.spec.volume_snapshot_ref.namespace.as_ref() == Some(&self.name)
     }
 }
 
-/// Runs a test in a namespace of its own, named `<prefix>-` and a few random characters.
-///
-/// Whether the test succeeds, fails, panics or hangs, the namespace is removed with everything in it; before
-/// that, the state of a failed test is printed. With `STSB_E2E_KEEP=1` the namespace stays.
+/// Repeats a request until the API server answers it, for a test may restart the API server.
+async fn until_answered<T>(what: &str, request: impl AsyncFn() -> kube::Result<T>) -> Result<T> {
+    let mut last_error = None;
+    let answered = async {
+        loop {
+            match request().await {
+                Ok(answer) => return answer,
+                Err(err) => last_error = Some(err),
+            }
+            tokio::time::sleep(RETRY_PAUSE).await;
+        }
+    };
+    let answered = tokio::time::timeout(REMOVAL_TIMEOUT, answered).await;
+    answered.map_err(|elapsed| {
+        let cause = last_error.map_or_else(|| elapsed.into(), anyhow::Error::new);
+        cause.context(format!("{what}: no answer within {REMOVAL_TIMEOUT:?}"))
+    })
+}
+
+/// Runs a test in a namespace of its own: [`with_temp_namespaces`] for one cluster.
 ///
 /// # Errors
-/// The test's own error, or that it ran into its deadline of five minutes, or that the namespace could not be
-/// made or removed.
+/// As [`with_temp_namespaces`].
 ///
 /// # Panics
-/// When the test panics, after the removal.
+/// As [`with_temp_namespaces`].
 pub async fn with_temp_namespace(
     cluster: &Cluster,
     prefix: &str,
     test: impl AsyncFnOnce(&Namespace) -> Result<()>,
 ) -> Result<()> {
-    let ns = Namespace::create(cluster, prefix).await?;
+    with_temp_namespaces(&[cluster], prefix, async |namespaces| test(&namespaces[0]).await).await
+}
+
+/// Runs a test in a namespace of its own in each of some clusters, in their order. Each is named `<prefix>-`
+/// and a few random characters.
+///
+/// Whether the test succeeds, fails, panics or hangs, the namespaces are removed with everything in them;
+/// before that, the state of a failed test is printed. With `STSB_E2E_KEEP=1` the namespaces stay.
+///
+/// # Errors
+/// The test's own error, or that it ran into its deadline of 15 minutes, or that a namespace could not be made
+/// or removed.
+///
+/// # Panics
+/// When the test panics, after the removal.
+pub async fn with_temp_namespaces(
+    clusters: &[&Cluster],
+    prefix: &str,
+    test: impl AsyncFnOnce(&[Namespace]) -> Result<()>,
+) -> Result<()> {
+    let mut namespaces = Vec::new();
     let run = Box::pin(async {
-        // Until it exists the API server refuses every pod of the namespace.
-        let accounts: Api<ServiceAccount> = ns.api();
-        await_condition(&accounts, "default", "created", Duration::from_secs(30), |_| true).await?;
-        match tokio::time::timeout(TEST_DEADLINE, test(&ns)).await {
+        for cluster in clusters {
+            let ns = Namespace::create(cluster, prefix).await?;
+            let accounts: Api<ServiceAccount> = ns.api();
+            namespaces.push(ns);
+            // Until it exists the API server refuses every pod of the namespace.
+            await_condition(&accounts, "default", "created", Duration::from_secs(30), |_| true).await?;
+        }
+        match tokio::time::timeout(TEST_DEADLINE, test(&namespaces)).await {
             Ok(result) => result,
             Err(_elapsed) => bail!("the test did not end within {TEST_DEADLINE:?}"),
         }
@@ -148,20 +225,27 @@ pub async fn with_temp_namespace(
     let outcome = AssertUnwindSafe(run).catch_unwind().await;
 
     let failed = !matches!(outcome, Ok(Ok(())));
-    if failed {
-        let printed = tokio::time::timeout(REPORT_TIMEOUT, print_state(&ns)).await;
-        if printed.is_err() {
-            eprintln!("the API server of {} did not answer", cluster.name());
+    for ns in namespaces.iter().filter(|_| failed) {
+        if tokio::time::timeout(REPORT_TIMEOUT, print_state(ns)).await.is_err() {
+            eprintln!("the API server of {} did not answer", ns.cluster.name());
         }
     }
-    let removed = if std::env::var_os(KEEP_VARIABLE).is_some_and(|keep| keep == "1") {
-        eprintln!("kept the namespace {} in {} ({KEEP_VARIABLE}=1)", ns.name, cluster.name());
-        Ok(())
-    } else {
-        ns.remove().await
-    };
-    if let (true, Err(err)) = (failed, &removed) {
-        eprintln!("the namespace {} was not removed: {err:#}", ns.name);
+    let mut removed = Ok(());
+    for (ns, result) in namespaces.iter().zip(join_all(namespaces.iter().map(remove_or_keep)).await) {
+        let result = result
+            .with_context(|| format!("the namespace {} in {} was not removed", ns.name, ns.cluster.name()));
+        if let (true, Err(err)) = (failed || removed.is_err(), &result) {
+            eprintln!("{err:#}");
+        }
+        removed = removed.and(result);
     }
     outcome.unwrap_or_else(|panic| resume_unwind(panic)).and(removed)
+}
+
+async fn remove_or_keep(ns: &Namespace) -> Result<()> {
+    if std::env::var_os(KEEP_VARIABLE).is_some_and(|keep| keep == "1") {
+        eprintln!("kept the namespace {} in {} ({KEEP_VARIABLE}=1)", ns.name, ns.cluster.name());
+        return Ok(());
+    }
+    ns.remove().await
 }

@@ -13,11 +13,11 @@ use serde_json::json;
 
 use super::Namespace;
 use super::claim::restored_claim;
-use super::condition::{await_condition, statefulset_ready};
 use super::exec::exec;
+use crate::condition::{await_condition, statefulset_ready};
 
 /// The container in each pod.
-pub const CONTAINER: &str = "postgres";
+pub(super) const CONTAINER: &str = "postgres";
 
 /// Where the volume is mounted; the data directory is below it, as a mount point can hold `lost+found`.
 const VOLUME_PATH: &str = "/var/lib/postgresql";
@@ -98,14 +98,12 @@ impl Postgres {
     }
 
     /// The namespace it runs in.
-    #[must_use]
-    pub fn namespace(&self) -> &Namespace {
+    pub(super) fn namespace(&self) -> &Namespace {
         &self.ns
     }
 
     /// The pod of one server.
-    #[must_use]
-    pub fn pod_name(&self, ordinal: u32) -> String {
+    pub(super) fn pod_name(&self, ordinal: u32) -> String {
         format!("{}-{ordinal}", self.name)
     }
 
@@ -126,9 +124,10 @@ impl Postgres {
     ///
     /// # Errors
     /// When psql cannot be run or any statement fails.
-    pub async fn psql(&self, ordinal: u32, sql: &str) -> Result<String> {
+    pub(super) async fn psql(&self, ordinal: u32, sql: &str) -> Result<String> {
         let command = ["psql", "-XAtq", "-v", "ON_ERROR_STOP=1", "-c", sql];
-        let output = exec(&self.ns, &self.pod_name(ordinal), Some(CONTAINER), &command).await?;
+        let (cluster, pod) = (self.ns.cluster(), self.pod_name(ordinal));
+        let output = exec(cluster, self.ns.name(), &pod, CONTAINER, &command).await?;
         Ok(output.success()?.trim_end().to_owned())
     }
 
@@ -215,8 +214,6 @@ fn pod_spec(image: &str) -> serde_json::Value {
                 "periodSeconds": 1,
                 "timeoutSeconds": 5,
             },
-            // SIGTERM would make PostgreSQL wait for its clients; this makes it stop at once, in order.
-            "lifecycle": { "preStop": { "exec": { "command": ["pg_ctl", "stop", "-m", "fast", "--no-wait"] } } },
             "resources": { "requests": { "cpu": "20m", "memory": "48Mi" } },
             "securityContext": {
                 "allowPrivilegeEscalation": false,

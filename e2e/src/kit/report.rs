@@ -11,18 +11,21 @@ use serde_json::{Value, json};
 use sts_backup_api::snapshot::VolumeSnapshot;
 
 use super::Namespace;
+use crate::condition::pod_ready;
 
 /// Enough of a log to see why a container ended.
 const LOG_LINES: i64 = 20;
 
-/// Prints pods with the end of their logs, claims, snapshots and Events of the namespace to standard error.
+/// Prints pods, with the end of the logs of those that are not ready, claims, snapshots and Events of the namespace to standard error.
 /// What cannot be read is said, and does not hide the rest.
 pub(super) async fn print_state(ns: &Namespace) {
     eprintln!("--- state of namespace {} in {} ---", ns.name(), ns.cluster().name());
     let pods: Api<Pod> = ns.api();
     for pod in list(&pods).await {
         eprintln!("{}", line(&pod, &["phase", "conditions", "initContainerStatuses", "containerStatuses"]));
-        print_logs(&pods, &pod).await;
+        if !pod_ready(&pod) {
+            print_logs(&pods, &pod).await;
+        }
     }
     for claim in list(&ns.api::<PersistentVolumeClaim>()).await {
         eprintln!("{}", line(&claim, &["phase", "capacity", "conditions"]));
@@ -74,7 +77,9 @@ fn line<K: Resource<DynamicType = ()> + Serialize>(object: &K, parts: &[&str]) -
 
 async fn print_logs(pods: &Api<Pod>, pod: &Pod) {
     let name = pod.name_any();
-    for container in pod.spec.iter().flat_map(|spec| &spec.containers) {
+    let containers =
+        pod.spec.iter().flat_map(|spec| spec.init_containers.iter().flatten().chain(&spec.containers));
+    for container in containers {
         let wanted = LogParams {
             container: Some(container.name.clone()),
             tail_lines: Some(LOG_LINES),

@@ -11,7 +11,7 @@ use sts_backup_api::snapshot::{
 };
 
 use super::Namespace;
-use super::condition::await_condition;
+use crate::condition::await_condition;
 
 /// Asks for a snapshot of the claim `claim` and returns the request as created; it is not cut yet.
 ///
@@ -48,7 +48,8 @@ pub async fn content_of(ns: &Namespace, snapshot: &VolumeSnapshot) -> Result<Vol
     contents.get(name).await.with_context(|| format!("read the VolumeSnapshotContent {name}"))
 }
 
-/// When the storage cut a snapshot, to the nanosecond; the `VolumeSnapshot` itself only has whole seconds.
+/// When the storage cut a snapshot, to the nanosecond; the `VolumeSnapshot` itself only has whole seconds. The
+/// test driver takes the time just before the cut: it is a lower bound.
 ///
 /// # Errors
 /// When the snapshot is not cut, or its content cannot be read.

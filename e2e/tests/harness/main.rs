@@ -2,13 +2,15 @@
 //! alone, one after the other, after all others: `cargo e2e test --tier full`. They need root.
 
 use std::collections::BTreeSet;
-use std::io::{BufRead, BufReader};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
 use anyhow::{Context, Result, ensure};
 use sts_backup_e2e::harness::{Harness, engine};
+use sts_backup_e2e::kit::shell::run_shell;
+use sts_backup_e2e::kit::{Cluster, with_temp_namespace};
+use tokio::io::AsyncBufReadExt;
 
 const E2E: &str = env!("CARGO_BIN_EXE_e2e");
 
@@ -31,37 +33,51 @@ fn states() -> Result<Vec<(String, String)>> {
     Ok(clusters.iter().map(|cluster| (text(&cluster["name"]), text(&cluster["state"]))).collect())
 }
 
-fn ensure_one_ready_cluster() -> Result<()> {
-    let states = states()?;
-    ensure!(states == [("stsb-e2e-1".to_owned(), "ready".to_owned())], "the clusters are {states:?}");
-    Ok(())
+async fn ensure_a_pod_runs() -> Result<()> {
+    let cluster = Cluster::connect("stsb-e2e-1").await?;
+    with_temp_namespace(&cluster, "harness", async |ns| {
+        let said = run_shell(ns, "hello", "echo hello").await?;
+        ensure!(said == "hello\n", "the pod said {said:?}");
+        Ok(())
+    })
+    .await
 }
 
-#[test]
+#[tokio::test]
 #[ignore = "remakes the clusters: cargo e2e test --tier full"]
-fn a_killed_daemon_and_its_clusters_come_back_with_the_next_up() -> Result<()> {
+async fn a_killed_daemon_and_its_clusters_come_back_with_the_next_up() -> Result<()> {
     e2e(&["down"])?;
     e2e(&["up"])?;
     let pid_file = engine::engine_dir(&Harness::open()?.paths).join("dockerd.pid");
     let pid =
         std::fs::read_to_string(&pid_file).context("the engine is not ours: stop the machine's Docker")?;
-    ensure!(Command::new("kill").args(["-KILL", pid.trim()]).status()?.success(), "dockerd was not killed");
+    run("kill", &["-KILL", pid.trim()])?;
     e2e(&["up"])?;
-    ensure_one_ready_cluster()
+    ensure_a_pod_runs().await
 }
 
-#[test]
+#[tokio::test]
 #[ignore = "remakes the clusters: cargo e2e test --tier full"]
-fn an_up_that_was_killed_while_it_made_a_cluster_is_finished_by_the_next() -> Result<()> {
+async fn an_up_that_was_killed_while_it_made_a_cluster_is_finished_by_the_next() -> Result<()> {
     e2e(&["down"])?;
-    let mut first = Command::new(E2E).arg("up").stderr(Stdio::piped()).stdout(Stdio::null()).spawn()?;
-    let said = BufReader::new(first.stderr.take().context("the harness has no stderr")?);
-    let began = said.lines().map_while(Result::ok).any(|line| line.contains("… create cluster"));
+    e2e(&["node-image"])?;
+    let engine = engine::Engine::find(&Harness::open()?).await.context("node-image left no engine")?;
+    let mut starts = engine.docker();
+    starts.args(["events", "--filter", "event=start", "--format", "{{.Actor.Attributes.name}}"]);
+    let mut starts = starts.stdout(Stdio::piped()).kill_on_drop(true).spawn()?;
+    let mut started = tokio::io::BufReader::new(starts.stdout.take().context("no output")?).lines();
+
+    let mut first = Command::new(E2E).arg("up").stderr(Stdio::null()).stdout(Stdio::null()).spawn()?;
+    while started.next_line().await?.context("docker events ended")? != "stsb-e2e-1-control-plane" {}
     first.kill()?;
     first.wait()?;
-    ensure!(began, "the harness ended before it made a cluster");
+    ensure!(
+        states()? == [("stsb-e2e-1".to_owned(), "not answering".to_owned())],
+        "it is no half-made cluster"
+    );
+
     e2e(&["up"])?;
-    ensure_one_ready_cluster()
+    ensure_a_pod_runs().await
 }
 
 #[tokio::test]
@@ -94,8 +110,10 @@ async fn machine_state() -> Result<BTreeSet<String>> {
     for name in names_in("/sys/class/net")? {
         state.insert(format!("link {name}"));
     }
-    for name in names_in("/run")? {
-        state.insert(format!("run {name}"));
+    for dir in ["/etc", "/opt", "/run", "/var/lib"] {
+        for name in names_in(dir)? {
+            state.insert(format!("file {dir}/{name}"));
+        }
     }
     for name in names_in("/sys/block")? {
         let file = std::fs::read_to_string(format!("/sys/block/{name}/loop/backing_file"));
@@ -112,6 +130,10 @@ async fn machine_state() -> Result<BTreeSet<String>> {
     }
     for pid in names_in("/proc")? {
         let command = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+        // One that has ended and is not reaped yet has no program.
+        if std::fs::read_link(format!("/proc/{pid}/exe")).is_err() {
+            continue;
+        }
         if ["docker", "containerd", "kube", "etcd", "systemd", "pause"]
             .iter()
             .any(|word| command.contains(word))
@@ -139,7 +161,7 @@ fn settings(path: &Path, state: &mut BTreeSet<String>) {
     const NOT_SETTINGS: [&str; 12] = [
         "-nr",
         "-state",
-        "/nr",
+        "pty/nr",
         "binfmt_misc",
         "compact_memory",
         "drop_caches",

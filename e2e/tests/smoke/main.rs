@@ -6,3 +6,4 @@ mod clusters;
 mod conformance;
 mod faults;
 mod snapshots;
+mod topology;

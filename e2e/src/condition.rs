@@ -4,11 +4,10 @@
 
 use std::collections::BTreeSet;
 use std::fmt::Debug;
-use std::pin::pin;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
-use futures::StreamExt;
+use anyhow::{Context, Result};
+use futures::{Stream, StreamExt};
 use k8s_openapi::api::apps::v1::{DaemonSet, Deployment, StatefulSet};
 use k8s_openapi::api::core::v1::{Event, Node, PersistentVolumeClaim, Pod};
 use k8s_openapi::api::storage::v1::CSINode;
@@ -67,31 +66,49 @@ async fn await_state<K: Watched, T>(
     answer: impl Fn(Option<K>) -> Option<T>,
 ) -> Result<T> {
     let mut last_seen = "nothing yet".to_owned();
+    let states = watch_object(api.clone(), name).default_backoff();
+    let found = first_answer(Box::pin(states), timeout, |object| {
+        last_seen = summary(object.as_ref());
+        answer(object)
+    });
+    found.await.map_err(|missed| {
+        let path = api.resource_url();
+        missed.because(format!("{path}/{name} is not {what} after {timeout:?}; last seen: {last_seen}"))
+    })
+}
+
+/// A wait that ran into its timeout, with the watch's last error if it had any.
+struct Missed(Option<watcher::Error>);
+
+impl Missed {
+    fn because(self, failure: String) -> anyhow::Error {
+        match self.0 {
+            Some(err) => anyhow::Error::new(err).context(failure),
+            None => anyhow::Error::msg(failure),
+        }
+    }
+}
+
+/// The first answer to what a watch sends. Errors of the watch do not end the wait, for a test may restart the
+/// API server.
+async fn first_answer<E, T>(
+    mut watch: impl Stream<Item = watcher::Result<E>> + Unpin,
+    timeout: Duration,
+    mut answer: impl FnMut(E) -> Option<T>,
+) -> Result<T, Missed> {
     let mut last_error = None;
-    let mut states = pin!(watch_object(api.clone(), name).default_backoff());
     let found = async {
-        while let Some(state) = states.next().await {
-            match state {
-                Ok(object) => {
-                    last_seen = summary(object.as_ref());
-                    if let Some(answer) = answer(object) {
-                        return Some(answer);
-                    }
-                }
+        while let Some(sent) = watch.next().await {
+            match sent.map(&mut answer) {
+                Ok(Some(answer)) => return Some(answer),
+                Ok(None) => {}
                 Err(err) => last_error = Some(err),
             }
         }
         None
     };
-    if let Ok(Some(answer)) = tokio::time::timeout(timeout, found).await {
-        return Ok(answer);
-    }
-    let path = api.resource_url();
-    let failure = anyhow::anyhow!("{path}/{name} is not {what} after {timeout:?}; last seen: {last_seen}");
-    Err(match last_error {
-        Some(err) => anyhow::Error::new(err).context(failure),
-        None => failure,
-    })
+    let found = tokio::time::timeout(timeout, found).await;
+    found.ok().flatten().ok_or(Missed(last_error))
 }
 
 /// The part of an object that tells why a wait goes on: its status, and what holds up a deletion.
@@ -110,22 +127,18 @@ fn summary<K: Watched>(object: Option<&K>) -> String {
 /// Waits for an Event of `reason` about an object named `about`, and returns it.
 ///
 /// # Errors
-/// After `timeout`, or when the watch fails.
+/// After `timeout`; errors of the watch do not end the wait.
 pub async fn await_event(events: &Api<Event>, about: &str, reason: &str, timeout: Duration) -> Result<Event> {
     let fields = format!("involvedObject.name={about},reason={reason}");
-    let mut seen =
-        pin!(watcher(events.clone(), watcher::Config::default().fields(&fields)).applied_objects());
-    match tokio::time::timeout(timeout, seen.next()).await {
-        Ok(Some(event)) => event.with_context(|| format!("watch the events {reason} of {about}")),
-        Ok(None) => bail!("the watch of the events {reason} of {about} ended"),
-        Err(_elapsed) => bail!("no event {reason} about {about} after {timeout:?}"),
-    }
+    let watch = watcher(events.clone(), watcher::Config::default().fields(&fields));
+    let seen = first_answer(Box::pin(watch.default_backoff().applied_objects()), timeout, Some).await;
+    seen.map_err(|missed| missed.because(format!("no event {reason} about {about} after {timeout:?}")))
 }
 
 /// Waits until no object of the kind is left of which `counts` is true.
 ///
 /// # Errors
-/// After `timeout`, naming those that are left, or when the watch fails.
+/// After `timeout`, naming those that are left; errors of the watch do not end the wait.
 pub async fn await_none<K: Watched>(
     api: &Api<K>,
     what: &str,
@@ -134,31 +147,27 @@ pub async fn await_none<K: Watched>(
 ) -> Result<()> {
     let mut left = BTreeSet::new();
     let mut listed = false;
-    let mut events = pin!(watcher(api.clone(), watcher::Config::default()).default_backoff());
-    let gone = async {
-        while let Some(event) = events.next().await {
-            match event? {
-                watcher::Event::Init => left.clear(),
-                watcher::Event::InitDone => listed = true,
-                watcher::Event::InitApply(object) | watcher::Event::Apply(object) if counts(&object) => {
-                    left.insert(object.name_any());
-                }
-                watcher::Event::InitApply(object)
-                | watcher::Event::Apply(object)
-                | watcher::Event::Delete(object) => {
-                    left.remove(&object.name_any());
-                }
+    let watch = watcher(api.clone(), watcher::Config::default()).default_backoff();
+    let gone = first_answer(Box::pin(watch), timeout, |event| {
+        match event {
+            // A new list, for instance after an error: what was known is void until it is whole.
+            watcher::Event::Init => {
+                left.clear();
+                listed = false;
             }
-            if listed && left.is_empty() {
-                return Ok(());
+            watcher::Event::InitDone => listed = true,
+            watcher::Event::InitApply(object) | watcher::Event::Apply(object) if counts(&object) => {
+                left.insert(object.name_any());
+            }
+            watcher::Event::InitApply(object)
+            | watcher::Event::Apply(object)
+            | watcher::Event::Delete(object) => {
+                left.remove(&object.name_any());
             }
         }
-        bail!("the watch of {what} ended")
-    };
-    match tokio::time::timeout(timeout, gone).await {
-        Ok(result) => result,
-        Err(_elapsed) => bail!("{what} are left after {timeout:?}: {left:?}"),
-    }
+        (listed && left.is_empty()).then_some(())
+    });
+    gone.await.map_err(|missed| missed.because(format!("{what} are left after {timeout:?}: {left:?}")))
 }
 
 /// The claim has a volume.
