@@ -113,6 +113,18 @@ impl Packages {
         Ok(command)
     }
 
+    /// Runs one of the programs and returns its standard output.
+    ///
+    /// # Errors
+    /// When it is missing or fails; the error has what it said.
+    pub async fn output(&self, program: &str, arguments: &[&str]) -> Result<String> {
+        let output = self.command(program)?.args(arguments).output().await;
+        let output = output.with_context(|| format!("start {program}"))?;
+        let said = String::from_utf8_lossy(&output.stderr);
+        anyhow::ensure!(output.status.success(), "{program} {}: {}", arguments.join(" "), said.trim());
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+
     /// Lets a command find the packages' programs and libraries before the machine's.
     pub fn set_environment(&self, command: &mut Command) {
         command.env("PATH", self.search_path()).env("LD_LIBRARY_PATH", self.library_path());

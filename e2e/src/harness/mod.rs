@@ -18,6 +18,7 @@ pub mod cache;
 pub mod clusters;
 pub mod debian;
 pub mod engine;
+pub mod firewall;
 pub mod images;
 pub mod machine;
 pub mod node_image;

@@ -17,6 +17,7 @@ use super::Harness;
 use super::cache::remove_dir;
 use super::debian::Packages;
 use super::engine::{self, end_process, engine_dir};
+use super::firewall::{self, Firewall};
 use super::paths::Paths;
 use crate::csi::POOL_FILE;
 
@@ -47,12 +48,7 @@ pub struct Before {
     /// Values by their path below `/proc/sys`.
     settings: BTreeMap<String, String>,
     links: BTreeSet<String>,
-    /// As `nft list tables` names them.
-    tables: BTreeSet<String>,
-    /// The output of iptables-save, by line.
-    rules: BTreeSet<String>,
-    /// The policy of the chain FORWARD, which Docker changes; absent where there was no such chain.
-    forward_policy: Option<String>,
+    firewall: Firewall,
     /// Docker's folders in the cgroup hierarchies.
     cgroups: BTreeSet<PathBuf>,
     /// Those of [`DIRS`] that exist.
@@ -73,14 +69,11 @@ impl Before {
         if Self::load(paths).is_some() {
             return Ok(());
         }
-        let rules = iptables_save(packages).await?;
         let before = Self {
             boot_id: boot_id()?,
             settings: settings(),
             links: links()?,
-            tables: tables(packages).await?,
-            forward_policy: forward_policy(&rules).map(str::to_owned),
-            rules: rules.lines().map(str::to_owned).collect(),
+            firewall: Firewall::read(packages).await?,
             cgroups: cgroups(),
             dirs: dirs(),
         };
@@ -109,8 +102,8 @@ pub async fn list(harness: &Harness) -> Result<Vec<String>> {
         let packages = engine::packages(harness).await?;
         left.extend(loop_devices(&dir)?.iter().map(|device| format!("loop device {device}")));
         left.extend(links()?.difference(&before.links).map(|link| format!("network link {link}")));
-        let rules = iptables_save(&packages).await?;
-        left.extend(our_rules(&rules, &before).map(|line| format!("firewall rule {line}")));
+        let rules = firewall::list(&packages, &before.firewall).await?;
+        left.extend(rules.iter().map(|line| format!("firewall rule {line}")));
         left.extend(dirs().difference(&before.dirs).map(|dir| format!("folder {}", dir.display())));
         left.extend(cgroups().difference(&before.cgroups).map(|group| format!("cgroup {}", group.display())));
         let now = settings();
@@ -137,12 +130,12 @@ pub async fn clear(harness: &Harness) -> Result<()> {
     };
     let packages = engine::packages(harness).await?;
     for device in loop_devices(&dir)? {
-        run(&packages, "losetup", &["--detach", &format!("/dev/{device}")]).await?;
+        packages.output("losetup", &["--detach", &format!("/dev/{device}")]).await?;
     }
     for link in links()?.difference(&before.links) {
-        run(&packages, "ip", &["link", "delete", link]).await?;
+        packages.output("ip", &["link", "delete", link]).await?;
     }
-    restore_firewall(&harness.paths, &packages, &before).await?;
+    firewall::restore(&harness.paths, &packages, &before.firewall).await?;
     for dir in dirs().difference(&before.dirs) {
         remove_dir(dir)?;
     }
@@ -344,145 +337,14 @@ fn remove_cgroup(group: &Path) -> Result<()> {
     std::fs::remove_dir(group).with_context(|| format!("remove cgroup {}", group.display()))
 }
 
-async fn tables(packages: &Packages) -> Result<BTreeSet<String>> {
-    let tables = output(packages, "nft", &["list", "tables"]).await?;
-    Ok(tables.lines().filter_map(|line| line.strip_prefix("table ")).map(str::to_owned).collect())
-}
-
-async fn iptables_save(packages: &Packages) -> Result<String> {
-    output(packages, "iptables-save", &[]).await
-}
-
-/// The policy of the chain FORWARD in the output of iptables-save.
-fn forward_policy(saved: &str) -> Option<&str> {
-    let (_, filter) = saved.split_once("*filter\n")?;
-    filter.lines().find_map(|line| line.strip_prefix(":FORWARD ")?.split(' ').next())
-}
-
-/// Lines of iptables-save that came with our engine.
-fn our_rules<'a>(saved: &'a str, before: &Before) -> impl Iterator<Item = &'a str> {
-    saved.lines().filter(|line| is_dockers(line) && !before.rules.contains(*line))
-}
-
-/// Whether a line of iptables-save names one of Docker's chains or bridges.
-fn is_dockers(line: &str) -> bool {
-    line.split([' ', ':']).any(|word| word.starts_with("DOCKER") || word == "docker0" || is_bridge(word))
-}
-
 /// Docker names a network's bridge `br-` and 12 hex digits of its id.
-fn is_bridge(word: &str) -> bool {
+pub(super) fn is_bridge(word: &str) -> bool {
     word.strip_prefix("br-").is_some_and(|id| id.len() == 12 && id.bytes().all(|b| b.is_ascii_hexdigit()))
-}
-
-/// The output of iptables-save without the lines of our engine, and with the policy of before for FORWARD.
-fn without_ours(saved: &str, before: &Before) -> String {
-    let ours: BTreeSet<&str> = our_rules(saved, before).collect();
-    let mut kept = String::new();
-    let mut table = "";
-    for line in saved.lines().filter(|line| !ours.contains(line)) {
-        if let Some(name) = line.strip_prefix('*') {
-            table = name;
-        }
-        if table == "filter" && line.starts_with(":FORWARD ") {
-            kept.push_str(":FORWARD ");
-            kept.push_str(before.forward_policy.as_deref().unwrap_or("ACCEPT"));
-            kept.push_str(" [0:0]\n");
-        } else {
-            kept.push_str(line);
-            kept.push('\n');
-        }
-    }
-    kept
-}
-
-async fn restore_firewall(paths: &Paths, packages: &Packages, before: &Before) -> Result<()> {
-    let saved = iptables_save(packages).await?;
-    if our_rules(&saved, before).next().is_some() {
-        let file = paths.state().join("firewall");
-        std::fs::write(&file, without_ours(&saved, before))?;
-        run(packages, "iptables-restore", &[&file.to_string_lossy()]).await?;
-        std::fs::remove_file(&file)?;
-    }
-    // iptables makes its tables when they are first used; those that are new and have no rule are of no use.
-    for table in tables(packages).await?.difference(&before.tables) {
-        let words: Vec<&str> = table.split(' ').collect();
-        let listing = output(packages, "nft", &[&["list", "table"], words.as_slice()].concat()).await?;
-        if is_empty_table(&listing) {
-            run(packages, "nft", &[&["delete", "table"], words.as_slice()].concat()).await?;
-        }
-    }
-    Ok(())
-}
-
-/// Whether the listing of an nft table has no rule: only the table, chains and their hooks.
-fn is_empty_table(listing: &str) -> bool {
-    listing.lines().map(str::trim).all(|line| {
-        line.is_empty()
-            || line == "}"
-            || line.starts_with('#')
-            || line.ends_with('{')
-            || line.starts_with("type ")
-    })
-}
-
-async fn output(packages: &Packages, program: &str, arguments: &[&str]) -> Result<String> {
-    let output = packages
-        .command(program)?
-        .args(arguments)
-        .output()
-        .await
-        .with_context(|| format!("start {program}"))?;
-    anyhow::ensure!(
-        output.status.success(),
-        "{program} {}: {}",
-        arguments.join(" "),
-        String::from_utf8_lossy(&output.stderr).trim()
-    );
-    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
-}
-
-async fn run(packages: &Packages, program: &str, arguments: &[&str]) -> Result<()> {
-    output(packages, program, arguments).await.map(drop)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    const SAVED: &str = "*nat\n:PREROUTING ACCEPT [0:0]\n:DOCKER - [0:0]\n-A PREROUTING -m addrtype --dst-type LOCAL -j DOCKER\n\
-         -A POSTROUTING -s 172.17.0.0/16 ! -o docker0 -j MASQUERADE\n-A POSTROUTING -s 10.9.0.0/16 ! -o br-lan -j MASQUERADE\nCOMMIT\n\
-         *filter\n:INPUT DROP [0:0]\n:FORWARD DROP [0:0]\n:DOCKER-USER - [0:0]\n:MINE - [0:0]\n\
-         -A DOCKER-USER -s 203.0.113.9/32 -j DROP\n-A FORWARD -j DOCKER-USER\n\
-         -A FORWARD -i br-0123456789ab -o br-0123456789ab -j ACCEPT\n-A MINE -j RETURN\nCOMMIT\n";
-
-    #[test]
-    fn only_the_rules_of_our_engine_are_removed_and_the_policy_of_forward_goes_back() {
-        let before = Before {
-            rules: [":DOCKER-USER - [0:0]", "-A DOCKER-USER -s 203.0.113.9/32 -j DROP"]
-                .map(str::to_owned)
-                .into(),
-            ..Before::default()
-        };
-        assert_eq!(
-            without_ours(SAVED, &before),
-            "*nat\n:PREROUTING ACCEPT [0:0]\n-A POSTROUTING -s 10.9.0.0/16 ! -o br-lan -j MASQUERADE\nCOMMIT\n\
-             *filter\n:INPUT DROP [0:0]\n:FORWARD ACCEPT [0:0]\n:DOCKER-USER - [0:0]\n:MINE - [0:0]\n\
-             -A DOCKER-USER -s 203.0.113.9/32 -j DROP\n-A MINE -j RETURN\nCOMMIT\n"
-        );
-    }
-
-    #[test]
-    fn the_policy_of_forward_is_read_from_the_filter_table() {
-        assert_eq!(forward_policy(SAVED), Some("DROP"));
-        assert_eq!(forward_policy("*nat\n:FORWARD DROP [0:0]\nCOMMIT\n"), None);
-    }
-
-    #[test]
-    fn a_table_with_a_rule_is_not_empty() {
-        let empty = "table ip nat {\n\tchain PREROUTING {\n\t\ttype nat hook prerouting priority dstnat; policy accept;\n\t}\n}\n";
-        assert!(is_empty_table(empty));
-        assert!(!is_empty_table(&empty.replace("accept;\n", "accept;\n\t\tip daddr 10.0.0.1 drop\n")));
-    }
 
     #[test]
     fn a_setting_that_vanished_is_not_a_change() {

@@ -27,11 +27,11 @@ async fn the_test_driver_passes_csi_sanity() -> Result<()> {
                     "restartPolicy": "Always",
                     "image": images.csi_driver,
                     "imagePullPolicy": "Never",
-                    "args": ["--pool-dir=/pool", "--csi-socket=/work/csi.sock", "--node-name=sanity"],
+                    "args": ["--pool-dir=/pool", "--csi-socket=/scratch/csi.sock", "--node-name=sanity"],
                     "securityContext": { "privileged": true },
-                    "startupProbe": { "exec": { "command": ["test", "-S", "/work/csi.sock"] }, "periodSeconds": 1 },
+                    "startupProbe": { "exec": { "command": ["test", "-S", "/scratch/csi.sock"] }, "periodSeconds": 1 },
                     "volumeMounts": [
-                        { "name": "work", "mountPath": "/work" },
+                        { "name": "scratch", "mountPath": "/scratch" },
                         { "name": "pool", "mountPath": "/pool" },
                     ],
                 }],
@@ -42,13 +42,13 @@ async fn the_test_driver_passes_csi_sanity() -> Result<()> {
                     "command": [
                         "csi-sanity",
                         "--ginkgo.no-color",
-                        "--csi.endpoint=unix:///work/csi.sock",
-                        "--csi.mountdir=/work/target",
-                        "--csi.stagingdir=/work/staging",
+                        "--csi.endpoint=unix:///scratch/csi.sock",
+                        "--csi.mountdir=/scratch/target",
+                        "--csi.stagingdir=/scratch/staging",
                     ],
-                    "volumeMounts": [{ "name": "work", "mountPath": "/work" }],
+                    "volumeMounts": [{ "name": "scratch", "mountPath": "/scratch" }],
                 }],
-                "volumes": [{ "name": "work", "emptyDir": {} }, { "name": "pool", "emptyDir": {} }],
+                "volumes": [{ "name": "scratch", "emptyDir": {} }, { "name": "pool", "emptyDir": {} }],
             },
         });
         let log = run_pod(ns, &serde_json::from_value(pod)?, Duration::from_mins(2)).await?;
