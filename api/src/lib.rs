@@ -5,5 +5,6 @@
 pub mod backup;
 pub mod conditions;
 pub mod names;
+pub mod points;
 pub mod run;
 pub mod snapshot;
