@@ -11,7 +11,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{MicroTime, ObjectMeta};
 use kube::api::PostParams;
 use kube::{Api, Client};
 use tokio::sync::watch;
-use tokio::time::{Instant, sleep, timeout, timeout_at};
+use tokio::time::{Instant, sleep_until, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
@@ -132,6 +132,7 @@ impl Elector {
         let mut failing = false;
         let mut other = String::new();
         loop {
+            let started = clock::monotonic();
             let round = match self.deadline() {
                 Some(deadline) if deadline <= clock::monotonic() => None,
                 Some(deadline) => timeout_at(deadline, self.attempt()).await.ok(),
@@ -177,7 +178,7 @@ impl Elector {
             }
             tokio::select! {
                 () = release.cancelled() => return self.release().await,
-                () = sleep(self.pause()) => {}
+                () = sleep_until(started + self.pause()) => {}
             }
         }
     }
@@ -187,6 +188,7 @@ impl Elector {
         self.tenure.borrow().renewed().map(|renewed| renewed + self.config.renew_deadline)
     }
 
+    /// From the start of one try to the start of the next, so that one which hangs does not delay the others.
     /// Candidates spread their tries; a leader keeps to its interval.
     fn pause(&self) -> Duration {
         let spread = if self.deadline().is_some() { 0.0 } else { rand::random_range(0.0..0.2) };

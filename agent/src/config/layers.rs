@@ -33,7 +33,10 @@ impl Layer {
 
     /// What the flags say.
     pub(super) fn of_flags(flags: &impl Serialize) -> Self {
-        Self::of(COMMAND_LINE, flags)
+        let mut layer = Self::of(COMMAND_LINE, flags);
+        // A table without a flag says nothing, also not that it is a table.
+        layer.keys.retain(|_, value| value.as_dict().is_none_or(|table| !table.is_empty()));
+        layer
     }
 
     /// What the text of a configuration file says.

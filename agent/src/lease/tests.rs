@@ -1,6 +1,6 @@
 use k8s_openapi::jiff::Timestamp;
 use tokio::task::JoinHandle;
-use tokio::time::advance;
+use tokio::time::{advance, sleep};
 
 use super::fake::{FakeApi, Fault};
 use super::*;
