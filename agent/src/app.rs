@@ -53,14 +53,11 @@ pub enum AppError {
     /// A task panicked.
     #[error("a task panicked")]
     Panicked,
-    /// The controllers did not end in time.
+    /// The controllers did not end in the time they had.
     #[error(
-        "the controllers did not end within {limit:?}: databases may still be frozen until the next leader thaws them"
+        "the controllers did not end in time: databases may still be frozen until the next leader thaws them"
     )]
-    Unfinished {
-        /// The time they had.
-        limit: Duration,
-    },
+    Unfinished,
 }
 
 impl AppError {
@@ -72,7 +69,7 @@ impl AppError {
             | Self::Locate(_)
             | Self::Connect(_)
             | Self::PartEnded { .. }
-            | Self::Unfinished { .. } => 1,
+            | Self::Unfinished => 1,
             Self::LeadershipLost => 3,
             Self::Panicked => 101,
         }
@@ -297,9 +294,8 @@ async fn finish(
         done = controllers.join_next() => done,
         () = cut_off => {
             controllers.abort_all();
-            let unfinished = AppError::Unfinished { limit };
-            error!(error = %unfinished, "the agent ends before its controllers");
-            return Err(unfinished);
+            error!(error = %AppError::Unfinished, "the agent ends before its controllers");
+            return Err(AppError::Unfinished);
         }
     };
     match done {

@@ -123,6 +123,10 @@ pub(super) fn unusable(error: &Error) -> ConfigError {
             key = if key.is_empty() { field.clone() } else { format!("{key}.{field}") };
         }
         format!("there is no such key, only {}", known.join(", "))
+    } else if let Kind::UnknownVariant(found, known) = &error.kind {
+        format!("{found} is not {}", known.join(" or "))
+    } else if let Kind::InvalidType(found, wanted) = &error.kind {
+        format!("it is {found}, not {}", if wanted == "i64" { "a whole number" } else { wanted })
     } else {
         error.kind.to_string()
     };

@@ -143,6 +143,12 @@ fn a_refusal_names_key_value_origin_reason_and_remedy() {
     let refused = refusal("shutdown_seconds = -3", &[]);
     assert!(refused.starts_with("shutdown_seconds = -3 (file /"), "{refused}");
     assert!(refused.ends_with("agent.toml): it is not from 1 to 3600; write a whole number from 1 to 3600"));
+    assert_eq!(
+        refusal("", &[("STSB_LOG_FORMAT", "xml")]),
+        "log_format (environment variable STSB_LOG_FORMAT): xml is not text or json; correct it there, or leave it \
+         out to have the default"
+    );
+    assert!(refusal("shutdown_seconds = '1m'", &[]).contains(": it is string \"1m\", not a whole number; "));
     let flags = Flags { log: Some("x=loud".to_owned()), ..Flags::default() };
     let refused = load_text("", &[], &flags).expect_err("no level").to_string();
     assert!(refused.starts_with("log = x=loud (flag --log): "), "{refused}");

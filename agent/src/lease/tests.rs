@@ -220,14 +220,12 @@ async fn whoever_created_the_lease_without_hearing_so_leads_by_renewing_it() {
     let api = FakeApi::new();
     api.fails(Fault::LoseAnswer);
     let replica = Replica::start(&api, "a");
-    api.delete();
     sleep(seconds(1)).await;
-    // The read never answers, so nothing is created; then the answer to the creation is the one that is lost.
-    assert_eq!(api.holder(), "");
-    api.edit(held_by("a", 0));
+    assert_eq!(api.holder(), "a");
+    assert!(!replica.leadership.is_held());
     api.fails(Fault::None);
     replica.leadership.acquired().await;
-    assert_eq!((api.holder(), api.spec().lease_transitions), ("a".to_owned(), Some(4)));
+    assert_eq!((api.holder(), api.spec().lease_transitions), ("a".to_owned(), Some(0)));
 }
 
 #[tokio::test(start_paused = true)]
