@@ -1,6 +1,6 @@
 //! Which replica acts: leader election on a `coordination.k8s.io/v1` Lease.
 //!
-//! [`next_lease_step`] decides, [`Elector`] asks the API server, [`Leadership`] tells the rest of the agent. Spans are
+//! `next_lease_step` decides, [`Elector`] asks the API server, [`Leadership`] tells the rest of the agent. Spans are
 //! measured on our own monotonic clock only: another machine's timestamps are written for people and never compared.
 //! A lease does not fence: what must not happen twice carries a resource version as well.
 

@@ -2,6 +2,7 @@
 
 use std::future::pending;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use axum::Router;
 use axum::body::{Body, to_bytes};
@@ -11,6 +12,7 @@ use axum::response::{IntoResponse, Response};
 use k8s_openapi::api::coordination::v1::{Lease, LeaseSpec};
 use kube::Client;
 use serde_json::json;
+use tokio::time::sleep;
 
 /// What requests come to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,6 +25,8 @@ pub(crate) enum Fault {
     Hang,
     /// They work, but the answer to those that write never comes.
     LoseAnswer,
+    /// They work at once, but their answer takes a second.
+    Slow,
 }
 
 struct Stored {
@@ -123,6 +127,9 @@ async fn answer(State(api): State<FakeApi>, request: Request) -> Response {
     let answer = api.obey(&head.method, head.uri.path(), &body);
     if fault == Fault::LoseAnswer && head.method != Method::GET {
         pending::<()>().await;
+    }
+    if fault == Fault::Slow {
+        sleep(Duration::from_secs(1)).await;
     }
     answer
 }

@@ -101,6 +101,16 @@ async fn the_first_replica_makes_the_lease_and_leads() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_renewal_counts_from_when_it_was_sent() {
+    let api = FakeApi::new();
+    api.fails(Fault::Slow);
+    let replica = Replica::leading(&api, "a").await;
+    assert_eq!(replica.leadership.remaining(), seconds(14));
+    sleep(seconds(60)).await;
+    assert!(replica.leadership.is_held());
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_follower_takes_over_a_whole_lease_after_the_last_sign_of_life_it_saw() {
     for renewed in [0, 4_000_000_000] {
         let api = FakeApi::new();
