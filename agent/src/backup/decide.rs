@@ -12,7 +12,8 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime;
 use sts_backup_api::backup::OnError;
 use sts_backup_api::points::{is_cut, is_ready};
 use sts_backup_api::run::{
-    CurrentRun, Failure, RunId, RunPod, RunRecord, RunResult, RunStep, Slot, SnapshotState, ThawState, request_key,
+    CurrentRun, Failure, RunId, RunPod, RunRecord, RunResult, RunStep, Slot, SnapshotState, ThawState,
+    request_key,
 };
 
 use super::observe::{BackupFacts, Target};
@@ -163,7 +164,8 @@ fn after_preflight(facts: &BackupFacts, run: &CurrentRun, now: Timestamp) -> Bac
     let target = match &facts.target {
         Target::Read(target) => target,
         Target::Elsewhere | Target::Missing | Target::Unread | Target::Exists => {
-            let message = format!("StatefulSet {} does not exist: nothing was snapshotted", facts.target_name());
+            let message =
+                format!("StatefulSet {} does not exist: nothing was snapshotted", facts.target_name());
             return fail(run, STATEFUL_SET_NOT_FOUND, &message);
         }
     };
@@ -173,7 +175,10 @@ fn after_preflight(facts: &BackupFacts, run: &CurrentRun, now: Timestamp) -> Bac
     };
     let deadline = later(run.started.0, PATIENCE);
     if !target.settled && now < deadline && problems.iter().all(|problem| problem.kind.may_heal()) {
-        return BackupStep::Wait { why: Wait::StatefulSet { missing: said(&problems) }, until: Some(deadline) };
+        return BackupStep::Wait {
+            why: Wait::StatefulSet { missing: said(&problems) },
+            until: Some(deadline),
+        };
     }
     let reason = problems.first().map_or_else(String::new, |problem| problem.kind.to_string());
     fail(run, &reason, &format!("nothing was frozen or snapshotted: {}", said(&problems)))
@@ -192,7 +197,8 @@ fn after_interruption(facts: &BackupFacts, run: &CurrentRun, now: Timestamp) -> 
     }
     // Once thawed, nobody can tell a cut before the thaw from one after it. So the verdict is written first.
     let mut run = with_snapshot_states(facts, run);
-    let in_time = run.frozen_since.as_ref().is_some_and(|since| now <= later(since.0, facts.spec.max_freeze()));
+    let in_time =
+        run.frozen_since.as_ref().is_some_and(|since| now <= later(since.0, facts.spec.max_freeze()));
     if in_time && run.volumes.iter().all(|volume| volume.state != SnapshotState::Pending) {
         run.cut_at = Some(MicroTime(now));
         run.freeze_ms = run.frozen_since.as_ref().map(|since| milliseconds(since.0, now));
@@ -227,8 +233,10 @@ fn next_thaw(run: &CurrentRun, now: Timestamp) -> BackupStep {
 fn until_ready(facts: &BackupFacts, run: &CurrentRun, now: Timestamp) -> BackupStep {
     let run = with_snapshot_states(facts, run);
     let snapshots = facts.snapshots_of(&run.id);
-    let is_gone = |name: &str| snapshots.get(name).is_none_or(|found| found.metadata.deletion_timestamp.is_some());
-    let gone: Vec<_> = run.volumes.iter().map(|volume| volume.snapshot.as_str()).filter(|name| is_gone(name)).collect();
+    let is_gone =
+        |name: &str| snapshots.get(name).is_none_or(|found| found.metadata.deletion_timestamp.is_some());
+    let gone: Vec<_> =
+        run.volumes.iter().map(|volume| volume.snapshot.as_str()).filter(|name| is_gone(name)).collect();
     if !gone.is_empty() {
         let message = format!("VolumeSnapshot {} was deleted before it was ready", gone.join(", "));
         return fail(&run, "SnapshotDeleted", &message);
@@ -344,7 +352,8 @@ pub(super) fn after_thaw(pod: &RunPod, attempt: &ThawAttempt, on_error: OnError,
         ThawAttempt::Ran(
             Outcome::Failed { reason } | Outcome::NotStarted { reason } | Outcome::Unknown { reason },
         ) => {
-            let pause = Duration::from_millis(500) * 2_u32.saturating_pow(thaw.failures.clamp(0, 10).unsigned_abs());
+            let pause =
+                Duration::from_millis(500) * 2_u32.saturating_pow(thaw.failures.clamp(0, 10).unsigned_abs());
             thaw.not_before = Some(MicroTime(later(now, pause.min(MAX_THAW_PAUSE))));
             Some(reason)
         }
@@ -360,7 +369,13 @@ fn success(run: &CurrentRun, now: Timestamp) -> RunRecord {
     if run.left_out.is_empty() {
         record(run, now, RunResult::Completed, "Completed", count)
     } else {
-        record(run, now, RunResult::PartiallyFailed, "ClaimsLeftOut", format!("{count}; left out: {left_out}"))
+        record(
+            run,
+            now,
+            RunResult::PartiallyFailed,
+            "ClaimsLeftOut",
+            format!("{count}; left out: {left_out}"),
+        )
     }
 }
 

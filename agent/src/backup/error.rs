@@ -14,6 +14,12 @@ pub(super) enum Error {
         #[source]
         source: kube::Error,
     },
+    /// It took too long to answer.
+    #[error("{operation}: the API server did not answer in time")]
+    NoAnswer {
+        /// What was asked.
+        operation: &'static str,
+    },
 }
 
 /// A result with our error.
@@ -29,7 +35,7 @@ impl Error {
     fn code(&self) -> Option<u16> {
         match self {
             Self::Request { source: kube::Error::Api(status), .. } => Some(status.code),
-            Self::Request { .. } => None,
+            Self::Request { .. } | Self::NoAnswer { .. } => None,
         }
     }
 

@@ -7,6 +7,7 @@ use std::collections::BTreeSet;
 use std::fmt;
 use std::sync::Arc;
 
+use dashmap::DashSet;
 use kube::ResourceExt;
 use kube::runtime::reflector::Store;
 use prometheus_client::collector::Collector;
@@ -44,6 +45,8 @@ type Histograms = Family<Labels, Histogram, fn() -> Histogram>;
 /// Counters and histograms by backup. A handle: clones count together.
 #[derive(Clone, Debug)]
 pub(super) struct BackupMetrics {
+    /// The backups that have series.
+    counted: Arc<DashSet<Labels>>,
     attempts: Family<Labels, Counter>,
     successes: Family<Labels, Counter>,
     partial_failures: Family<Labels, Counter>,
@@ -66,6 +69,7 @@ impl BackupMetrics {
     /// Metrics that are shown from now on, for the backups in the store.
     pub(super) fn register(metrics: &Metrics, store: Store<StatefulSetBackup>) -> Self {
         let counted = Self {
+            counted: Arc::default(),
             attempts: Family::default(),
             successes: Family::default(),
             partial_failures: Family::default(),
@@ -80,7 +84,9 @@ impl BackupMetrics {
 
     /// A run was begun.
     pub(super) fn started(&self, backup: &StatefulSetBackup) {
-        self.attempts.get_or_create(&Labels::of(backup)).inc();
+        let labels = Labels::of(backup);
+        self.attempts.get_or_create(&labels).inc();
+        self.counted.insert(labels);
     }
 
     /// A run has ended.
@@ -96,22 +102,23 @@ impl BackupMetrics {
         if let Some(freeze) = record.freeze_ms {
             self.freezes.get_or_create(&labels).observe(seconds(freeze));
         }
+        self.counted.insert(labels);
     }
 
     /// Drops the series of backups that are gone.
     fn keep(&self, known: &BTreeSet<Labels>) {
-        let Self { attempts, successes, partial_failures, failures, durations, freezes } = self;
-        let mut seen = BTreeSet::new();
-        for family in [attempts, successes, partial_failures, failures] {
-            seen.extend(family.iter().map(|(labels, _)| labels));
-        }
-        for gone in seen.iter().filter(|labels| !known.contains(labels)) {
-            for family in [attempts, successes, partial_failures, failures] {
-                family.remove(gone);
+        let Self { counted, attempts, successes, partial_failures, failures, durations, freezes } = self;
+        counted.retain(|labels| {
+            let is_known = known.contains(labels);
+            if !is_known {
+                for family in [attempts, successes, partial_failures, failures] {
+                    family.remove(labels);
+                }
+                durations.remove(labels);
+                freezes.remove(labels);
             }
-            durations.remove(gone);
-            freezes.remove(gone);
-        }
+            is_known
+        });
     }
 }
 
@@ -135,7 +142,8 @@ impl Collector for Scrape {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
         let backups = self.store.state();
         self.counted.keep(&backups.iter().map(|backup| Labels::of(backup)).collect());
-        let BackupMetrics { attempts, successes, partial_failures, failures, durations, freezes } = &self.counted;
+        let BackupMetrics { counted: _, attempts, successes, partial_failures, failures, durations, freezes } =
+            &self.counted;
         for (name, help, family) in [
             ("sts_backup_attempt", "Runs that were begun", attempts),
             ("sts_backup_success", "Runs that ended with a complete recovery point", successes),

@@ -28,7 +28,7 @@ use kube::runtime::controller::{Action, Config as ControllerConfig, Controller};
 use kube::runtime::events::{Event as KubeEvent, Recorder, Reporter};
 use kube::runtime::reflector::{ObjectRef, Store};
 use kube::runtime::watcher::{Config as WatcherConfig, Event};
-use kube::runtime::{WatchStreamExt, metadata_watcher};
+use kube::runtime::{WatchStreamExt, watcher};
 use kube::{Api, Client, Resource, ResourceExt};
 use rand::Rng;
 use sts_backup_api::backup::{StatefulSetBackup, StatefulSetBackupStatus};
@@ -49,11 +49,13 @@ use self::observe::{BackupFacts, observe};
 use self::section::Section;
 use self::status::{Note, next_status, note};
 use crate::lease::Leadership;
-use crate::metrics::Metrics;
-use crate::{clock, crash_point, telemetry};
+use crate::{app, clock, telemetry};
 
 /// The longest note that the API server admits in an Event, bytes.
 const MAX_NOTE: usize = 1024;
+
+/// How long an attempt to write down what came of a section may take.
+const OUTCOME_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// What the controller works with.
 pub(crate) struct Context {
@@ -75,25 +77,18 @@ pub(crate) struct Context {
 }
 
 /// Backs up until `stop` is cancelled, then thaws what is frozen, and returns.
-pub(crate) async fn run(
-    client: Client,
-    exec: Client,
-    leadership: Leadership,
-    metrics: &Metrics,
-    identity: &str,
-    concurrency: u16,
-    stop: CancellationToken,
-) {
+pub(crate) async fn run(app: app::Context, stop: CancellationToken) {
+    let app::Context { client, exec_client, leadership, config, metrics } = app;
     let (wake, woken) = mpsc::unbounded_channel();
     let backups: Api<StatefulSetBackup> = Api::all(client.clone());
     let controller = Controller::new(backups, WatcherConfig::default());
     let store = controller.store();
-    let reporter = Reporter { controller: FIELD_MANAGER.to_owned(), instance: Some(identity.to_owned()) };
+    let reporter = Reporter { controller: FIELD_MANAGER.to_owned(), instance: Some(config.identity.clone()) };
     let cx = Arc::new(Context {
         recorder: Recorder::new(client.clone(), reporter),
-        metrics: BackupMetrics::register(metrics, store.clone()),
+        metrics: BackupMetrics::register(&metrics, store.clone()),
         client: client.clone(),
-        exec,
+        exec: exec_client,
         leadership,
         stop: stop.clone(),
         sections: DashMap::new(),
@@ -103,10 +98,12 @@ pub(crate) async fn run(
     });
     info!("backup controller started");
     controller
-        .with_config(ControllerConfig::default().concurrency(concurrency))
-        .watches(Api::<VolumeSnapshot>::all(client.clone()), WatcherConfig::default().labels(RUN_LABEL), |snapshot| {
-            backup_of(&snapshot)
-        })
+        .with_config(ControllerConfig::default().concurrency(config.concurrent_reconciles))
+        .watches(
+            Api::<VolumeSnapshot>::all(client.clone()),
+            WatcherConfig::default().labels(RUN_LABEL),
+            |snapshot| backup_of(&snapshot),
+        )
         .reconcile_on(stateful_set_changes(client, store))
         .reconcile_on(UnboundedReceiverStream::new(woken))
         .graceful_shutdown_on(stop.cancelled_owned())
@@ -129,18 +126,17 @@ fn stateful_set_changes(
     client: Client,
     store: Store<StatefulSetBackup>,
 ) -> impl Stream<Item = ObjectRef<StatefulSetBackup>> + Send + 'static {
-    let sets: Api<StatefulSet> = Api::all(client);
-    metadata_watcher(sets, WatcherConfig::default())
-        .default_backoff()
-        .filter_map(|event| ready(event.ok()))
-        .flat_map(move |event| {
+    let sets: Api<PartialObjectMeta<StatefulSet>> = Api::all(client);
+    watcher(sets, WatcherConfig::default()).default_backoff().filter_map(|event| ready(event.ok())).flat_map(
+        move |event| {
             let (set, is_gone) = match event {
                 Event::Apply(set) | Event::InitApply(set) => (Some(set), false),
                 Event::Delete(set) => (Some(set), true),
                 Event::Init | Event::InitDone => (None, false),
             };
             stream::iter(set.map(|set| concerned(&store, &set, is_gone)).unwrap_or_default())
-        })
+        },
+    )
 }
 
 fn concerned(
@@ -154,7 +150,12 @@ fn concerned(
         let target = &backup.spec.stateful_set_ref;
         target.name == name && target.namespace_or(&own) == namespace && (is_gone || waits_for_set(backup))
     };
-    store.state().iter().filter(|backup| is_concerned(backup)).map(|backup| ObjectRef::from_obj(&**backup)).collect()
+    store
+        .state()
+        .iter()
+        .filter(|backup| is_concerned(backup))
+        .map(|backup| ObjectRef::from_obj(&**backup))
+        .collect()
 }
 
 /// A `StatefulSet` changes often; few changes matter to its backup.
@@ -207,7 +208,7 @@ async fn next_steps(cached: &StatefulSetBackup, cx: &Arc<Context>) -> Result<Act
                 backup = write(cx, &backup, &facts, &step, now).await?;
                 crash_point!("after-duty");
                 let (namespace, run) = (facts.namespace.clone(), run.clone());
-                spawn_section(cx, backup, async move |cx, backup, cancel| {
+                spawn_section(cx, backup, move |cx, backup, cancel| async move {
                     Section { cx, backup, namespace, claims, cancel }.run(run).await
                 });
                 return Ok(Action::await_change());
@@ -215,7 +216,7 @@ async fn next_steps(cached: &StatefulSetBackup, cx: &Arc<Context>) -> Result<Act
             BackupStep::Thaw(pods) => {
                 let Some(run) = facts.status.current_run.clone() else { return Ok(Action::await_change()) };
                 let (namespace, pods) = (facts.namespace.clone(), pods.clone());
-                spawn_section(cx, backup, async move |cx, backup, _cancel| {
+                spawn_section(cx, backup, move |cx, backup, _cancel| async move {
                     let newer = backup.spec.post_backup_hook.as_ref();
                     perform::thaw(&cx.exec, &namespace, &run, &pods, newer).await
                 });
@@ -229,7 +230,9 @@ async fn next_steps(cached: &StatefulSetBackup, cx: &Arc<Context>) -> Result<Act
             }
             BackupStep::Wait { until, .. } => {
                 write(cx, &backup, &facts, &step, now).await?;
-                return Ok(until.map_or_else(Action::await_change, |until| Action::requeue(from_to(now, until))));
+                return Ok(
+                    until.map_or_else(Action::await_change, |until| Action::requeue(from_to(now, until)))
+                );
             }
             BackupStep::Idle(_) => {
                 write(cx, &backup, &facts, &step, now).await?;
@@ -296,21 +299,25 @@ fn said(
 }
 
 /// Runs hooks in a task of their own, and writes down the run that comes of it.
-fn spawn_section<F>(cx: &Arc<Context>, backup: StatefulSetBackup, section: F)
-where
-    F: AsyncFnOnce(&Context, &StatefulSetBackup, CancellationToken) -> CurrentRun + Send + 'static,
-    for<'a> F::CallOnceFuture: Send,
+fn spawn_section<Run>(
+    cx: &Arc<Context>,
+    backup: StatefulSetBackup,
+    section: impl FnOnce(Arc<Context>, Arc<StatefulSetBackup>, CancellationToken) -> Run,
+) where
+    Run: Future<Output = CurrentRun> + Send + 'static,
 {
-    let cx = Arc::clone(cx);
+    let (cx, backup) = (Arc::clone(cx), Arc::new(backup));
     let cancel = cx.stop.child_token();
     let registered = Registered::new(&cx, &backup, cancel.clone());
     let span = info_span!("section", namespace = backup.namespace(), backup = backup.name_any());
+    let section = section(Arc::clone(&cx), Arc::clone(&backup), cancel);
+    let tasks = cx.tasks.clone();
     let task = async move {
-        let run = section(&cx, &backup, cancel).await;
+        let run = section.await;
         write_outcome(&cx, &backup, run).await;
         drop(registered);
     };
-    cx.tasks.clone().spawn(task.instrument(span));
+    tasks.spawn(task.instrument(span));
 }
 
 /// Marks an object as having a section in this process; ends with the section, however that ends.
@@ -353,7 +360,12 @@ async fn write_outcome(cx: &Context, backup: &StatefulSetBackup, run: CurrentRun
             write(cx, &latest, &facts, &step, clock::now()).await?;
             Ok::<_, Error>(())
         };
-        let Err(err) = attempt.await else { return };
+        // A request that hangs is a failed one: pods may be waiting.
+        let attempt = tokio::time::timeout(OUTCOME_TIMEOUT, attempt).await;
+        let Err(err) = attempt.unwrap_or(Err(Error::NoAnswer { operation: "write what came of the hooks" }))
+        else {
+            return;
+        };
         if !err.is_conflict() {
             warn!(error = %telemetry::chain(&err), run = %run.id, "outcome of the section not written yet");
         }

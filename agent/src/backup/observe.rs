@@ -27,7 +27,6 @@ const PARALLEL_READS: usize = 16;
 #[derive(Clone, Debug)]
 pub(super) struct BackupFacts {
     pub(super) namespace: String,
-    pub(super) name: String,
     pub(super) uid: String,
     pub(super) generation: Option<i64>,
     pub(super) created: Timestamp,
@@ -114,14 +113,17 @@ pub(super) struct ClaimFacts {
 /// A snapshot class.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct ClassFacts {
-    pub(super) name: String,
     pub(super) driver: String,
     /// It is marked as the default of its driver.
     pub(super) is_default: bool,
 }
 
 /// Reads what the next decision about `backup` needs.
-pub(super) async fn observe(client: &Client, backup: &StatefulSetBackup, in_section: bool) -> Result<BackupFacts> {
+pub(super) async fn observe(
+    client: &Client,
+    backup: &StatefulSetBackup,
+    in_section: bool,
+) -> Result<BackupFacts> {
     let namespace = backup.namespace().expect("a StatefulSetBackup is namespaced");
     let spec = backup.spec.clone();
     let status = backup.status.clone().unwrap_or_default();
@@ -140,11 +142,14 @@ pub(super) async fn observe(client: &Client, backup: &StatefulSetBackup, in_sect
         }
     };
     let snapshots = async {
-        if is_elsewhere { Ok(Vec::new()) } else { list_snapshots(client, &namespace, &backup.name_any()).await }
+        if is_elsewhere {
+            Ok(Vec::new())
+        } else {
+            list_snapshots(client, &namespace, &backup.name_any()).await
+        }
     };
     let (target, snapshots) = tokio::try_join!(target, snapshots)?;
     Ok(BackupFacts {
-        name: backup.name_any(),
         uid: backup.uid().unwrap_or_default(),
         generation: backup.metadata.generation,
         created: backup.creation_timestamp().map(|time| time.0).unwrap_or_default(),
@@ -212,9 +217,12 @@ async fn read_target(client: &Client, namespace: &str, name: &str) -> Result<Tar
 
     let uid = set.uid();
     let owned = |pod: &Pod| {
-        pod.owner_references().iter().any(|owner| owner.controller == Some(true) && Some(&owner.uid) == uid.as_ref())
+        pod.owner_references()
+            .iter()
+            .any(|owner| owner.controller == Some(true) && Some(&owner.uid) == uid.as_ref())
     };
-    let pods = pods.into_iter().filter(owned).filter_map(|pod| Some((ordinal_of(&pod.name_any(), name)?, pod)));
+    let pods =
+        pods.into_iter().filter(owned).filter_map(|pod| Some((ordinal_of(&pod.name_any(), name)?, pod)));
     let classes = classes.into_iter().map(|class| ClassFacts {
         is_default: class.annotations().get(DEFAULT_CLASS_ANNOTATION).is_some_and(|value| value == "true"),
         name: class.name_any(),
@@ -272,13 +280,7 @@ async fn claim_facts(
         }
         None => None,
     };
-    Ok(ClaimFacts {
-        template,
-        ordinal,
-        bound,
-        deleting: claim.metadata.deletion_timestamp.is_some(),
-        driver,
-    })
+    Ok(ClaimFacts { template, ordinal, bound, deleting: claim.metadata.deletion_timestamp.is_some(), driver })
 }
 
 #[cfg(test)]

@@ -20,7 +20,10 @@ fn api(client: &Client, backup: &StatefulSetBackup) -> Api<StatefulSetBackup> {
 }
 
 /// The object as it is now; none when it is gone, or another one has its name.
-pub(super) async fn refreshed(client: &Client, backup: &StatefulSetBackup) -> Result<Option<StatefulSetBackup>> {
+pub(super) async fn refreshed(
+    client: &Client,
+    backup: &StatefulSetBackup,
+) -> Result<Option<StatefulSetBackup>> {
     let found = api(client, backup).get_opt(&backup.name_any()).await;
     let found = found.map_err(Error::request("get the StatefulSetBackup"))?;
     Ok(found.filter(|found| found.uid() == backup.uid()))
@@ -73,7 +76,8 @@ pub(super) async fn thaw(
 ) -> CurrentRun {
     let mut run = run.clone();
     let attempts = pods.iter().filter_map(|at| Some((*at, run.pods.get(*at)?)));
-    let attempts = attempts.map(async |(at, pod)| (at, thaw_pod(exec, namespace, pod, run.thaw_hook.as_ref(), newer).await));
+    let attempts = attempts
+        .map(async |(at, pod)| (at, thaw_pod(exec, namespace, pod, run.thaw_hook.as_ref(), newer).await));
     let attempts = join_all(attempts).await;
     let on_error = run.thaw_hook.as_ref().map(|hook| hook.on_error).unwrap_or_default();
     let now = clock::now();
@@ -106,10 +110,13 @@ async fn thaw_pod(
         hooks::run(exec, &command).await
     };
     let mut outcome = run(hook).await;
-    if let (true, Some(newer)) = (outcome != Outcome::Succeeded && thaw.failures > 0, newer.filter(|newer| *newer != hook)) {
+    if let (true, Some(newer)) =
+        (outcome != Outcome::Succeeded && thaw.failures > 0, newer.filter(|newer| *newer != hook))
+    {
         outcome = run(newer).await;
     }
-    if outcome != Outcome::Succeeded && hook.on_error == OnError::Fail && is_gone(exec, namespace, pod).await {
+    if outcome != Outcome::Succeeded && hook.on_error == OnError::Fail && is_gone(exec, namespace, pod).await
+    {
         return ThawAttempt::PodGone;
     }
     ThawAttempt::Ran(outcome)
@@ -132,7 +139,11 @@ async fn is_gone(client: &Client, namespace: &str, pod: &RunPod) -> bool {
 pub(super) async fn delete_snapshots(client: &Client, namespace: &str, names: &[String]) -> Result<()> {
     let snapshots: Api<VolumeSnapshot> = Api::namespaced(client.clone(), namespace);
     let params = DeleteParams::background();
-    let delete = async |name: &String| match snapshots.delete(name, &params).await.map_err(Error::request("delete the VolumeSnapshot")) {
+    let delete = async |name: &String| match snapshots
+        .delete(name, &params)
+        .await
+        .map_err(Error::request("delete the VolumeSnapshot"))
+    {
         Err(err) if !err.is_not_found() => Err(err),
         Ok(_) | Err(_) => Ok(()),
     };

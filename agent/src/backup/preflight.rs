@@ -64,9 +64,11 @@ impl ProblemKind {
     /// A `StatefulSet` that is still starting may solve it by itself.
     pub(super) fn may_heal(self) -> bool {
         match self {
-            Self::NothingToBackUp | Self::ClaimMissing | Self::ClaimNotBound | Self::PodMissing | Self::PodNotReady => {
-                true
-            }
+            Self::NothingToBackUp
+            | Self::ClaimMissing
+            | Self::ClaimNotBound
+            | Self::PodMissing
+            | Self::PodNotReady => true,
             Self::TooManyClaims
             | Self::UnknownTemplate
             | Self::ClaimBeingDeleted
@@ -242,7 +244,10 @@ fn snapshot_class(
     let defaults: Vec<_> = of_driver().filter(|class| class.is_default).collect();
     match defaults[..] {
         [class] => Ok(class.name.clone()),
-        [] => refuse(ProblemKind::NoSnapshotClass, no_default(driver, of_driver().map(|class| class.name.as_str()))),
+        [] => refuse(
+            ProblemKind::NoSnapshotClass,
+            no_default(driver, of_driver().map(|class| class.name.as_str())),
+        ),
         [_, ..] => refuse(
             ProblemKind::NoSnapshotClass,
             format!(
@@ -325,11 +330,14 @@ fn pods(
 fn running_pod<'a>(set: &str, ordinal: i32, target: &'a TargetFacts) -> Result<&'a Pod, Problem> {
     let name = format!("{set}-{ordinal}");
     let not_ready = |state: &str| {
-        let message = format!("Pod {name} {state}, so the hook cannot run in it: see kubectl describe pod {name}");
+        let message =
+            format!("Pod {name} {state}, so the hook cannot run in it: see kubectl describe pod {name}");
         Err(problem(ProblemKind::PodNotReady, message))
     };
     let Some(pod) = target.pods.get(&ordinal) else {
-        let message = format!("Pod {name} does not exist, so the hook cannot run in it: see kubectl describe sts {set}");
+        let message = format!(
+            "Pod {name} does not exist, so the hook cannot run in it: see kubectl describe sts {set}"
+        );
         return Err(problem(ProblemKind::PodMissing, message));
     };
     if pod.metadata.deletion_timestamp.is_some() {

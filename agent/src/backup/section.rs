@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::pin::pin;
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures::future::{join_all, try_join_all};
@@ -18,14 +19,16 @@ use kube::runtime::{WatchStreamExt, watcher};
 use kube::{Api, ResourceExt};
 use sts_backup_api::backup::{HookPods, OnError, StatefulSetBackup};
 use sts_backup_api::names::{
-    BACKUP_LABEL, BACKUP_NAMESPACE_LABEL, CLAIM_ANNOTATION, CLAIM_MANIFEST_ANNOTATION, CONSISTENCY_ANNOTATION,
-    FIELD_MANAGER, ORDINAL_ANNOTATION, REPLICAS_ANNOTATION, RUN_LABEL, SLOT_ANNOTATION, STATEFUL_SET_LABEL,
-    TEMPLATE_ANNOTATION, TIME_ANNOTATION, VOLUMES_ANNOTATION,
+    BACKUP_LABEL, BACKUP_NAMESPACE_LABEL, CLAIM_ANNOTATION, CLAIM_MANIFEST_ANNOTATION,
+    CONSISTENCY_ANNOTATION, FIELD_MANAGER, ORDINAL_ANNOTATION, REPLICAS_ANNOTATION, RUN_LABEL,
+    SLOT_ANNOTATION, STATEFUL_SET_LABEL, TEMPLATE_ANNOTATION, TIME_ANNOTATION, VOLUMES_ANNOTATION,
 };
 use sts_backup_api::points::is_cut;
 use sts_backup_api::run::{Consistency, CurrentRun, Failure, RunStep, RunVolume, SnapshotState, ThawState};
-use sts_backup_api::snapshot::{VolumeSnapshot, VolumeSnapshotContent, VolumeSnapshotSource, VolumeSnapshotSpec};
-use tokio::time::{Instant, sleep, sleep_until};
+use sts_backup_api::snapshot::{
+    VolumeSnapshot, VolumeSnapshotContent, VolumeSnapshotSource, VolumeSnapshotSpec,
+};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
@@ -34,7 +37,6 @@ use super::decide::{INTERRUPTED, failing, later, milliseconds};
 use super::error::{Error, Result};
 use super::perform;
 use super::status::Note;
-use crate::crash_point;
 use crate::hooks::{self, Command, Outcome};
 use crate::{clock, telemetry};
 
@@ -45,11 +47,14 @@ const REMAINING_HOOKS: Duration = Duration::from_secs(2);
 /// Between two tries of a request while pods are frozen.
 const RETRY_PAUSE: Duration = Duration::from_millis(200);
 
+/// How long the API server may take to create a snapshot before it is asked again.
+const CREATE_TIMEOUT: Duration = Duration::from_secs(5);
+
 /// One frozen section.
-pub(super) struct Section<'a> {
-    pub(super) cx: &'a Context,
+pub(super) struct Section {
+    pub(super) cx: Arc<Context>,
     /// The object, with the duties in its status.
-    pub(super) backup: &'a StatefulSetBackup,
+    pub(super) backup: Arc<StatefulSetBackup>,
     pub(super) namespace: String,
     /// The claims, for the snapshots' annotations, as JSON by name.
     pub(super) claims: BTreeMap<String, String>,
@@ -57,10 +62,15 @@ pub(super) struct Section<'a> {
 }
 
 /// The manifests of a run's claims, as JSON by name, without managed fields.
-pub(super) async fn claim_manifests(cx: &Context, namespace: &str, run: &CurrentRun) -> Result<BTreeMap<String, String>> {
+pub(super) async fn claim_manifests(
+    cx: &Context,
+    namespace: &str,
+    run: &CurrentRun,
+) -> Result<BTreeMap<String, String>> {
     let claims: Api<PersistentVolumeClaim> = Api::namespaced(cx.client.clone(), namespace);
     let manifest = async |volume: &RunVolume| {
-        let claim = claims.get(&volume.claim).await.map_err(Error::request("get the PersistentVolumeClaim"))?;
+        let claim =
+            claims.get(&volume.claim).await.map_err(Error::request("get the PersistentVolumeClaim"))?;
         Ok::<_, Error>((volume.claim.clone(), manifest_of(claim)))
     };
     Ok(try_join_all(run.volumes.iter().map(manifest)).await?.into_iter().collect())
@@ -71,7 +81,7 @@ fn manifest_of(mut claim: PersistentVolumeClaim) -> String {
     serde_json::to_string(&claim).expect("a claim that was read can be written")
 }
 
-impl Section<'_> {
+impl Section {
     /// Freezes, cuts and thaws; returns the run as it is to be written down.
     pub(super) async fn run(&self, mut run: CurrentRun) -> CurrentRun {
         let begun = clock::monotonic();
@@ -112,7 +122,11 @@ impl Section<'_> {
     }
 
     /// Runs the preBackupHook in all its pods at once, and notes which of them may still be running.
-    async fn freeze(&self, run: &mut CurrentRun, deadline: Instant) -> std::result::Result<Consistency, Failure> {
+    async fn freeze(
+        &self,
+        run: &mut CurrentRun,
+        deadline: Instant,
+    ) -> std::result::Result<Consistency, Failure> {
         let Some(hook) = &self.backup.spec.pre_backup_hook else { return Ok(Consistency::CrashPerVolume) };
         if !self.cx.leadership.is_held() || self.cancel.is_cancelled() {
             for pod in &mut run.pods {
@@ -251,17 +265,25 @@ impl Section<'_> {
         let snapshots: Api<VolumeSnapshot> = Api::namespaced(self.cx.exec.clone(), &self.namespace);
         let name = snapshot.name_any();
         loop {
-            let params = PostParams { field_manager: Some(FIELD_MANAGER.to_owned()), ..PostParams::default() };
-            let created = snapshots.create(&params, snapshot).await.map_err(Error::request("create the VolumeSnapshot"));
+            let params =
+                PostParams { field_manager: Some(FIELD_MANAGER.to_owned()), ..PostParams::default() };
+            let created = timeout(CREATE_TIMEOUT, snapshots.create(&params, snapshot)).await;
+            let created = match created {
+                Ok(created) => created.map_err(Error::request("create the VolumeSnapshot")),
+                Err(_elapsed) => Err(Error::NoAnswer { operation: "create the VolumeSnapshot" }),
+            };
             match created {
                 Ok(_) => return Ok(()),
                 Err(err) if err.is_conflict() => {
                     let found = snapshots.get_opt(&name).await;
-                    let is_ours = |found: &VolumeSnapshot| found.labels().get(RUN_LABEL) == snapshot.labels().get(RUN_LABEL);
+                    let is_ours = |found: &VolumeSnapshot| {
+                        found.labels().get(RUN_LABEL) == snapshot.labels().get(RUN_LABEL)
+                    };
                     match found {
                         Ok(Some(found)) if is_ours(&found) => return Ok(()),
                         Ok(Some(_)) => {
-                            let message = format!("VolumeSnapshot {name} exists and is not of this run: delete it");
+                            let message =
+                                format!("VolumeSnapshot {name} exists and is not of this run: delete it");
                             return Err(fail("SnapshotNameTaken", message));
                         }
                         Ok(None) | Err(_) => sleep(RETRY_PAUSE).await,
@@ -279,7 +301,13 @@ impl Section<'_> {
         }
     }
 
-    fn snapshot(&self, run: &CurrentRun, volume: &RunVolume, consistency: Consistency, now: Timestamp) -> VolumeSnapshot {
+    fn snapshot(
+        &self,
+        run: &CurrentRun,
+        volume: &RunVolume,
+        consistency: Consistency,
+        now: Timestamp,
+    ) -> VolumeSnapshot {
         let labels = [
             (BACKUP_LABEL, self.backup.name_any()),
             (BACKUP_NAMESPACE_LABEL, self.backup.namespace().unwrap_or_default()),
@@ -321,7 +349,11 @@ impl Section<'_> {
         let run = perform::thaw(&self.cx.exec, &self.namespace, &run, &due, None).await;
         for pod in &run.pods {
             if let Some(reason) = pod.thaw.as_ref().and_then(|thaw| thaw.message.as_deref()) {
-                self.note(Note::warning("ThawFailed", "Thaw", format!("postBackupHook in pod {}: {reason}", pod.name)));
+                self.note(Note::warning(
+                    "ThawFailed",
+                    "Thaw",
+                    format!("postBackupHook in pod {}: {reason}", pod.name),
+                ));
             }
         }
         run
@@ -333,8 +365,11 @@ impl Section<'_> {
         let contents: Api<VolumeSnapshotContent> = Api::all(self.cx.client.clone());
         let selector = format!("{RUN_LABEL}={}", run.id);
         let listed = snapshots.list(&ListParams::default().labels(&selector)).await.ok()?;
-        let cut = listed.iter().filter_map(|snapshot| snapshot.status.as_ref()?.bound_volume_snapshot_content_name.clone());
-        let cuts = join_all(cut.map(async |name| contents.get(&name).await.ok()?.status?.creation_time)).await;
+        let cut = listed
+            .iter()
+            .filter_map(|snapshot| snapshot.status.as_ref()?.bound_volume_snapshot_content_name.clone());
+        let cuts =
+            join_all(cut.map(async |name| contents.get(&name).await.ok()?.status?.creation_time)).await;
         let cuts: Option<Vec<i64>> = cuts.into_iter().collect();
         let cuts = cuts.filter(|cuts| cuts.len() == run.volumes.len())?;
         Some((cuts.iter().max()? - cuts.iter().min()?) / 1_000_000)
@@ -351,14 +386,16 @@ impl Section<'_> {
     fn frozen_too_long(&self, what: &str) -> Failure {
         let spec = &self.backup.spec;
         let message = match spec.pre_backup_hook {
-            Some(_) => format!("{what} within maxFreezeSeconds ({}); the pods are thawed", spec.max_freeze_seconds),
+            Some(_) => {
+                format!("{what} within maxFreezeSeconds ({}); the pods are thawed", spec.max_freeze_seconds)
+            }
             None => format!("{what} within snapshotTimeoutSeconds ({})", spec.snapshot_timeout_seconds),
         };
         fail("FrozenTooLong", message)
     }
 
     fn note(&self, note: Note) {
-        self.cx.publish(self.backup, note);
+        self.cx.publish(&self.backup, note);
     }
 }
 

@@ -65,7 +65,12 @@ fn phase(status: &StatefulSetBackupStatus) -> Phase {
     }
 }
 
-fn set_conditions(facts: &BackupFacts, step: &BackupStep, status: &mut StatefulSetBackupStatus, now: Timestamp) {
+fn set_conditions(
+    facts: &BackupFacts,
+    step: &BackupStep,
+    status: &mut StatefulSetBackupStatus,
+    now: Timestamp,
+) {
     let StatefulSetBackupStatus { conditions, current_run, history, .. } = status;
     let mut set = |type_, (status, reason, message): (bool, &str, &str)| {
         conditions::set(conditions, type_, (status, reason, message), facts.generation, now);
@@ -75,10 +80,15 @@ fn set_conditions(facts: &BackupFacts, step: &BackupStep, status: &mut StatefulS
     match (&facts.target, step) {
         (Target::Elsewhere, _) => set(READY, (false, NAMESPACE_NOT_GRANTED, &not_granted(facts))),
         (Target::Missing, _) => {
-            let message = format!("StatefulSet {} does not exist: create it, or delete this backup", facts.target_name());
+            let message = format!(
+                "StatefulSet {} does not exist: create it, or delete this backup",
+                facts.target_name()
+            );
             set(READY, (false, STATEFUL_SET_NOT_FOUND, &message));
         }
-        (_, BackupStep::Freeze(_)) => set(READY, (true, "Usable", "the last preflight found all that a run needs")),
+        (_, BackupStep::Freeze(_)) => {
+            set(READY, (true, "Usable", "the last preflight found all that a run needs"))
+        }
         (Target::Read(_), BackupStep::Record(CurrentRun { failure: Some(failure), .. })) => {
             set(READY, (false, &failure.reason, &failure.message));
         }
@@ -124,7 +134,10 @@ fn not_granted(facts: &BackupFacts) -> String {
 
 fn progress(run: &CurrentRun, step: &BackupStep) -> (&'static str, String) {
     if let BackupStep::Wait { why: Wait::StatefulSet { missing }, .. } = step {
-        return ("WaitingForStatefulSet", format!("run {} waits for the StatefulSet to be ready: {missing}", run.id));
+        return (
+            "WaitingForStatefulSet",
+            format!("run {} waits for the StatefulSet to be ready: {missing}", run.id),
+        );
     }
     let count = |state| run.volumes.iter().filter(|volume| volume.state == state).count();
     let (ready, all) = (count(SnapshotState::Ready), run.volumes.len());
@@ -133,7 +146,9 @@ fn progress(run: &CurrentRun, step: &BackupStep) -> (&'static str, String) {
         RunStep::Frozen => ("Frozen", format!("run {} freezes, cuts and thaws: {all} volumes", run.id)),
         RunStep::Thawing => ("Thawing", format!("run {} still owes pods a thaw", run.id)),
         RunStep::Readying => ("Readying", format!("run {}: {ready}/{all} snapshots are ready", run.id)),
-        RunStep::CleaningUp => ("CleaningUp", format!("run {} failed and removes its unready snapshots", run.id)),
+        RunStep::CleaningUp => {
+            ("CleaningUp", format!("run {} failed and removes its unready snapshots", run.id))
+        }
     }
 }
 
@@ -166,7 +181,11 @@ fn thaw_state(run: &CurrentRun) -> Option<(bool, &'static str, String)> {
         }
         RunStep::Thawing if !owing.is_empty() => {
             let pods: Vec<_> = owing.iter().map(|(name, _)| *name).collect();
-            Some((false, "ThawDue", format!("owed once more, as a preBackupHook may still run: {}", names(&pods))))
+            Some((
+                false,
+                "ThawDue",
+                format!("owed once more, as a preBackupHook may still run: {}", names(&pods)),
+            ))
         }
         RunStep::Thawing | RunStep::Readying | RunStep::CleaningUp => {
             Some((true, "Thawed", "nothing is owed to any pod".to_owned()))
@@ -210,7 +229,8 @@ pub(super) fn note(facts: &BackupFacts, step: &BackupStep) -> Option<Note> {
         }
         BackupStep::Freeze(run) if run.pods.is_empty() => None,
         BackupStep::Freeze(run) => {
-            let message = format!("run {}: hooks in {} pods, {} volumes", run.id, run.pods.len(), run.volumes.len());
+            let message =
+                format!("run {}: hooks in {} pods, {} volumes", run.id, run.pods.len(), run.volumes.len());
             Some(Note::normal("Freezing", "Freeze", message))
         }
         BackupStep::Record(run) => failing(run).map(|failure| {
@@ -235,16 +255,21 @@ pub(super) fn note(facts: &BackupFacts, step: &BackupStep) -> Option<Note> {
 
 fn finished(record: &RunRecord) -> Note {
     let RunRecord { id, result, reason, message, .. } = record;
-    let took = |what: &str, time: Option<i64>| time.map_or_else(String::new, |ms| format!(", {what} {ms} ms"));
+    let took =
+        |what: &str, time: Option<i64>| time.map_or_else(String::new, |ms| format!(", {what} {ms} ms"));
     let measures =
         format!("{}{}", took("frozen for", record.freeze_ms), took("cut skew", record.cut_skew_ms));
     match result {
         RunResult::Completed => {
             Note::normal("BackupCompleted", "Finish", format!("recovery point {id}: {message}{measures}"))
         }
-        RunResult::PartiallyFailed => {
-            Note::warning("BackupPartiallyFailed", "Finish", format!("recovery point {id}: {message}{measures}"))
+        RunResult::PartiallyFailed => Note::warning(
+            "BackupPartiallyFailed",
+            "Finish",
+            format!("recovery point {id}: {message}{measures}"),
+        ),
+        RunResult::Failed => {
+            Note::warning("BackupFailed", "Finish", format!("run {id}: {reason}: {message}"))
         }
-        RunResult::Failed => Note::warning("BackupFailed", "Finish", format!("run {id}: {reason}: {message}")),
     }
 }
