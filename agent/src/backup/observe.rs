@@ -113,6 +113,7 @@ pub(super) struct ClaimFacts {
 /// A snapshot class.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct ClassFacts {
+    pub(super) name: String,
     pub(super) driver: String,
     /// It is marked as the default of its driver.
     pub(super) is_default: bool,
