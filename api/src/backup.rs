@@ -6,6 +6,7 @@
 #![allow(clippy::doc_markdown, reason = "kubectl explain shows these texts, and backticks as they are")]
 #![allow(unreachable_pub, reason = "KubeSchema repeats the struct inside a function")]
 
+use std::fmt;
 use std::time::Duration;
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, MicroTime};
@@ -192,8 +193,8 @@ impl StatefulSetRef {
     }
 }
 
-/// A command that runs in pods of the `StatefulSet`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+/// A command that runs in pods of the StatefulSet.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Hook {
     /// The program and its arguments; no shell is involved unless it is named.
@@ -217,6 +218,20 @@ pub struct Hook {
     /// The pods to run in: all of them, or the one with the lowest ordinal.
     #[serde(default)]
     pub pods: HookPods,
+}
+
+/// Leaves the command out, which can hold secrets: what is written for developers ends up in logs.
+impl fmt::Debug for Hook {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { command: _, container_name, timeout_seconds, on_error, pods } = self;
+        formatter
+            .debug_struct("Hook")
+            .field("container_name", container_name)
+            .field("timeout_seconds", timeout_seconds)
+            .field("on_error", on_error)
+            .field("pods", pods)
+            .finish_non_exhaustive()
+    }
 }
 
 impl Hook {

@@ -12,8 +12,8 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime;
 use sts_backup_api::backup::OnError;
 use sts_backup_api::points::{is_cut, is_ready};
 use sts_backup_api::run::{
-    CurrentRun, Failure, RunId, RunPod, RunRecord, RunResult, RunStep, Slot, SnapshotState, ThawState,
-    request_key,
+    CurrentRun, Failure, RunId, RunPod, RunRecord, RunResult, RunStep, RunVolume, Slot, SnapshotState,
+    ThawState, request_key,
 };
 
 use super::observe::{BackupFacts, Target};
@@ -29,11 +29,15 @@ const MAX_ATTEMPTS: i32 = 3;
 /// The longest wait before a failed thaw is tried again.
 const MAX_THAW_PAUSE: Duration = Duration::from_secs(30);
 
+/// How long after its record a frozen section may start its hooks. A later one starts none: so whoever finds the
+/// record knows by when every hook has run into its timeout.
+pub(super) const START_WITHIN: Duration = Duration::from_secs(5);
+
 /// Reasons of failures that decisions look at.
 pub(super) const INTERRUPTED: &str = "Interrupted";
 pub(super) const NAMESPACE_NOT_GRANTED: &str = "NamespaceNotGranted";
 pub(super) const STATEFUL_SET_NOT_FOUND: &str = "StatefulSetNotFound";
-const DELETED: &str = "Deleted";
+pub(super) const DELETED: &str = "Deleted";
 
 /// What to do next.
 #[derive(Clone, Debug, PartialEq)]
@@ -95,7 +99,7 @@ pub(super) fn next_backup_step(facts: &BackupFacts, now: Timestamp) -> BackupSte
     let Some(run) = &facts.status.current_run else { return without_run(facts, now) };
     match run.step {
         RunStep::Preflight => after_preflight(facts, run, now),
-        RunStep::Frozen => after_interruption(facts, run, now),
+        RunStep::Frozen => after_interruption(facts, run),
         RunStep::Thawing => next_thaw(run, now),
         RunStep::Readying => until_ready(facts, run, now),
         RunStep::CleaningUp => clean_up(facts, run, now),
@@ -189,21 +193,15 @@ fn said(problems: &[Problem]) -> String {
 }
 
 /// The frozen section of this run was begun, and this process does not run it: its process died, or stopped.
-fn after_interruption(facts: &BackupFacts, run: &CurrentRun, now: Timestamp) -> BackupStep {
+fn after_interruption(facts: &BackupFacts, run: &CurrentRun) -> BackupStep {
     let may_be_frozen = run.pods.iter().any(|pod| pod.freeze_container.is_some());
     if !may_be_frozen && !facts.deleting {
         // Nothing was frozen, and every cut has its name: going on is no second attempt.
         return BackupStep::Freeze(run.clone());
     }
-    // Once thawed, nobody can tell a cut before the thaw from one after it. So the verdict is written first.
-    let mut run = with_snapshot_states(facts, run);
-    let in_time =
-        run.frozen_since.as_ref().is_some_and(|since| now <= later(since.0, facts.spec.max_freeze()));
-    if in_time && run.volumes.iter().all(|volume| volume.state != SnapshotState::Pending) {
-        run.cut_at = Some(MicroTime(now));
-        run.freeze_ms = run.frozen_since.as_ref().map(|since| milliseconds(since.0, now));
-        return BackupStep::Record(CurrentRun { step: RunStep::Thawing, ..run });
-    }
+    // Some pods may be thawed already, and then nobody can tell a cut before the thaw from one after it: none of the
+    // snapshots is trusted, and the run is begun anew.
+    let mut run = run.clone();
     for volume in &mut run.volumes {
         volume.state = SnapshotState::Pending;
     }
@@ -271,20 +269,18 @@ fn until_ready(facts: &BackupFacts, run: &CurrentRun, now: Timestamp) -> BackupS
     fail(&run, "SnapshotNotReady", &message)
 }
 
-/// Removes what would never become a part of a recovery point: unready snapshots hold their claims, and one that
-/// was not known to be cut in time must not complete the point later.
+/// Removes every snapshot that was not ready when the run failed: an unready one holds its claim, and one that
+/// becomes ready later must not complete the point of a failed run.
 fn clean_up(facts: &BackupFacts, run: &CurrentRun, now: Timestamp) -> BackupStep {
     let snapshots = facts.snapshots_of(&run.id);
-    let is_doomed = |name: &str, state| {
-        state == SnapshotState::Pending || snapshots.get(name).is_some_and(|snapshot| !is_ready(snapshot))
+    let is_kept = |volume: &RunVolume| {
+        let is_ready_now = snapshots.get(volume.snapshot.as_str()).is_some_and(|snapshot| is_ready(snapshot));
+        volume.state == SnapshotState::Ready && is_ready_now
     };
     // Nothing was created before the frozen section.
     let volumes = run.volumes.iter().filter(|_| run.frozen_since.is_some());
-    let doomed = volumes.filter(|volume| is_doomed(&volume.snapshot, volume.state));
-    BackupStep::CleanUp {
-        doomed: doomed.map(|volume| volume.snapshot.clone()).collect(),
-        record: failed(run, now),
-    }
+    let doomed = volumes.filter(|volume| !is_kept(volume)).map(|volume| volume.snapshot.clone()).collect();
+    BackupStep::CleanUp { doomed, record: failed(run, now) }
 }
 
 /// The run is going to fail: first what is owed to pods, then the clean-up.

@@ -165,6 +165,7 @@ fn waits_for_set(backup: &StatefulSetBackup) -> bool {
     in_preflight || conditions::find(&status.conditions, READY).is_none_or(|ready| ready.status != "True")
 }
 
+/// One look at a backup: everything that can be done about it now.
 async fn reconcile(backup: Arc<StatefulSetBackup>, cx: Arc<Context>) -> Result<Action> {
     let uid = backup.uid().unwrap_or_default();
     let action = next_steps(&backup, &cx).await?;
@@ -174,6 +175,11 @@ async fn reconcile(backup: Arc<StatefulSetBackup>, cx: Arc<Context>) -> Result<A
 
 /// Goes on with a backup until it has to wait.
 async fn next_steps(cached: &StatefulSetBackup, cx: &Arc<Context>) -> Result<Action> {
+    let is_in_section = || cx.sections.contains_key(&cached.uid().unwrap_or_default());
+    if is_in_section() && cached.metadata.deletion_timestamp.is_none() {
+        // Its end wakes us; until then the API server is left to those who cut.
+        return Ok(Action::await_change());
+    }
     // The cache may lag behind our own writes, and a decision on old facts is a wrong one.
     let Some(mut backup) = perform::refreshed(&cx.client, cached).await? else {
         return Ok(Action::await_change());
@@ -182,8 +188,7 @@ async fn next_steps(cached: &StatefulSetBackup, cx: &Arc<Context>) -> Result<Act
         if cx.stop.is_cancelled() || !cx.leadership.is_held() {
             return Ok(Action::await_change());
         }
-        let in_section = cx.sections.contains_key(&backup.uid().unwrap_or_default());
-        let facts = observe(&cx.client, &backup, in_section).await?;
+        let facts = observe(&cx.client, &backup, is_in_section()).await?;
         let now = clock::now();
         let step = next_backup_step(&facts, now);
         debug!(?step, "decided");

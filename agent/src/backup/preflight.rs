@@ -13,7 +13,7 @@ use sts_backup_api::backup::{Hook, HookPods, MAX_CLAIMS, OnError, StatefulSetBac
 use sts_backup_api::names::snapshot_name;
 use sts_backup_api::run::{CurrentRun, RunPod, RunStep, RunVolume, SnapshotState, ThawDuty, ThawState};
 
-use super::decide::later;
+use super::decide::{START_WITHIN, later};
 use super::observe::{ClaimFacts, TargetFacts};
 use crate::hooks::hook_container;
 
@@ -313,7 +313,9 @@ fn pods(
             name: pod.name_any(),
             uid: pod.uid().unwrap_or_default(),
             freeze_container: freeze.as_ref().and_then(&mut container),
-            freeze_may_run_until: freeze.as_ref().map(|hook| MicroTime(later(now, hook.timeout()))),
+            freeze_may_run_until: freeze
+                .as_ref()
+                .map(|hook| MicroTime(later(now, START_WITHIN + hook.timeout()))),
             thaw: thaw.as_ref().and_then(&mut container).map(|container| ThawDuty {
                 container,
                 state: ThawState::Owed,

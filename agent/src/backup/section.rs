@@ -33,7 +33,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
 use super::Context;
-use super::decide::{INTERRUPTED, failing, later, milliseconds};
+use super::decide::{DELETED, INTERRUPTED, START_WITHIN, failing, later, milliseconds};
 use super::error::{Error, Result};
 use super::perform;
 use super::status::Note;
@@ -128,7 +128,9 @@ impl Section {
         deadline: Instant,
     ) -> std::result::Result<Consistency, Failure> {
         let Some(hook) = &self.backup.spec.pre_backup_hook else { return Ok(Consistency::CrashPerVolume) };
-        if !self.cx.leadership.is_held() || self.cancel.is_cancelled() {
+        let since = run.frozen_since.as_ref().unwrap_or(&run.started).0;
+        let is_late = clock::now() > later(since, START_WITHIN);
+        if is_late || !self.cx.leadership.is_held() || self.cancel.is_cancelled() {
             for pod in &mut run.pods {
                 (pod.freeze_container, pod.freeze_may_run_until) = (None, None);
             }
@@ -376,10 +378,10 @@ impl Section {
     }
 
     fn interrupted(&self) -> Failure {
-        if self.cx.stop.is_cancelled() || !self.cx.leadership.is_held() {
-            fail(INTERRUPTED, "the agent was stopped during the freeze".to_owned())
+        if self.cancel.is_cancelled() && !self.cx.stop.is_cancelled() {
+            fail(DELETED, "the StatefulSetBackup was deleted during the freeze".to_owned())
         } else {
-            fail("Deleted", "the StatefulSetBackup was deleted during the freeze".to_owned())
+            fail(INTERRUPTED, "the agent was stopped during the freeze".to_owned())
         }
     }
 
