@@ -7,13 +7,13 @@ use kube::api::ListParams;
 use kube::{Api, ResourceExt};
 use sts_backup_api::backup::{Hook, HookPods, OnError, StatefulSetBackup, StatefulSetBackupStatus};
 use sts_backup_api::conditions;
-use sts_backup_api::run::{RunResult, ThawState};
+use sts_backup_api::run::RunResult;
 
 use super::cluster::{Cluster, Scope, list_all};
 use super::describe_run::{current_run, history, points};
 use super::error::Error;
 use super::list::{phase_word, target};
-use super::remedy::remedy;
+use super::remedy::{remedy, thaw_trouble};
 use super::table::{age, indented, lines, moment, table};
 use super::{Exit, output};
 use crate::clock;
@@ -51,7 +51,7 @@ fn render(backup: &StatefulSetBackup, events: &Result<Vec<Event>, String>, now: 
         section("Recovery points", &points(&status.recovery_points, now), "none"),
         section("History", &history(&status.history, now), "no run has ended yet"),
         events,
-        section("What to do", &what_to_do(backup), "nothing, all is well"),
+        section("What to do", &what_to_do(backup, now), "nothing, all is well"),
     ]
     .concat()
 }
@@ -173,7 +173,7 @@ pub(super) fn one_line(text: &str) -> String {
 }
 
 /// The next step for everything that is wrong, in the order of urgency: what is frozen first.
-fn what_to_do(backup: &StatefulSetBackup) -> String {
+fn what_to_do(backup: &StatefulSetBackup, now: Timestamp) -> String {
     let (namespace, name) = (backup.namespace().unwrap_or_default(), backup.name_any());
     let Some(status) = &backup.status else {
         return "The agent has not looked at this object: kubectl stsbackup doctor tells whether one is alive\n".to_owned();
@@ -185,21 +185,12 @@ fn what_to_do(backup: &StatefulSetBackup) -> String {
             lines.push(line);
         }
     };
-    let pods = status.current_run.iter().flat_map(|run| &run.pods);
-    for pod in pods {
-        let duty = pod.thaw.as_ref().filter(|duty| duty.state == ThawState::Owed && duty.failures > 0);
-        if duty.is_some() {
-            advise(format!("Pod {}", pod.name), remedy("ThawFailed", &namespace, &name));
-        }
+    if let Some(trouble) = thaw_trouble(backup, now) {
+        advise(trouble, remedy("ThawFailed", &namespace, &name));
     }
-    for type_ in [conditions::THAWED, conditions::READY] {
-        let condition = conditions::find(&status.conditions, type_);
-        if let Some(condition) = condition.filter(|condition| condition.status == "False") {
-            advise(
-                format!("{type_} is False ({})", condition.reason),
-                remedy(&condition.reason, &namespace, &name),
-            );
-        }
+    let ready = conditions::find(&status.conditions, conditions::READY);
+    if let Some(ready) = ready.filter(|ready| ready.status == "False") {
+        advise(format!("not ready ({})", ready.reason), remedy(&ready.reason, &namespace, &name));
     }
     if let Some(run) = status.history.first().filter(|run| run.result != RunResult::Completed) {
         let how = match run.result {

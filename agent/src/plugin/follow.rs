@@ -14,8 +14,12 @@ use super::table::span;
 /// The reason of a run that its agent did not live to finish; another attempt follows the first.
 const INTERRUPTED: &str = "Interrupted";
 
-/// How many attempts there are at what was asked for.
-const ATTEMPTS: i32 = 2;
+/// How many attempts the agent makes at what was asked for.
+const MAX_ATTEMPTS: i32 = 3;
+
+/// The reasons for which the agent begins no run; it looks again when the cluster changes. Any other verdict is
+/// that of the last preflight, and only another run can better it.
+const BLOCKING: [&str; 2] = ["NamespaceNotGranted", "StatefulSetNotFound"];
 
 /// A run that somebody asked for.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -48,7 +52,7 @@ pub(super) enum Progress {
     Goes(String),
     /// The last attempt is over.
     Over { record: RunRecord, point: Option<RecoveryPoint> },
-    /// It does not start as long as the spec cannot be used.
+    /// It does not begin as long as that is so.
     CannotStart { reason: String, message: String },
     /// Somebody asked again before it began, so it will not.
     Replaced { by: String },
@@ -56,7 +60,12 @@ pub(super) enum Progress {
     Deleted,
 }
 
-/// Why the agent cannot use the spec as it is now, if it has looked at it.
+/// Why the agent begins no run of the spec as it is now.
+pub(super) fn blocked(backup: &StatefulSetBackup) -> Option<(&str, &str)> {
+    not_ready(backup).filter(|(reason, _)| BLOCKING.contains(reason))
+}
+
+/// Why the spec as it is now cannot be used, or could not in the last preflight.
 pub(super) fn not_ready(backup: &StatefulSetBackup) -> Option<(&str, &str)> {
     let status = backup.status.as_ref()?;
     let ready = conditions::find(&status.conditions, conditions::READY)?;
@@ -83,9 +92,9 @@ pub(super) fn progress(backup: Option<&StatefulSetBackup>, asked: &Asked) -> Pro
     if let Some(record) = last {
         let attempt = record.slot.attempt;
         if record.reason == INTERRUPTED
-            && attempt < ATTEMPTS
+            && attempt < MAX_ATTEMPTS
             && replaced.is_none()
-            && not_ready(backup).is_none()
+            && blocked(backup).is_none()
         {
             return Progress::Goes(format!("attempt {attempt} was interrupted; waiting for the next one"));
         }
@@ -97,7 +106,7 @@ pub(super) fn progress(backup: Option<&StatefulSetBackup>, asked: &Asked) -> Pro
     if let Some(by) = replaced {
         return Progress::Replaced { by: by.clone() };
     }
-    if let Some((reason, message)) = not_ready(backup) {
+    if let Some((reason, message)) = blocked(backup) {
         return Progress::CannotStart { reason: reason.to_owned(), message: message.to_owned() };
     }
     Progress::Goes(match current {

@@ -15,7 +15,6 @@ mod follow;
 mod list;
 mod output;
 mod points;
-mod recovery_points;
 mod remedy;
 mod run;
 mod table;

@@ -8,13 +8,13 @@ use kube::{Api, ResourceExt};
 use serde::Serialize;
 use sts_backup_api::backup::StatefulSetBackup;
 use sts_backup_api::names::{BACKUP_LABEL, BACKUP_NAMESPACE_LABEL, RUN_LABEL, STATEFUL_SET_LABEL};
+use sts_backup_api::points::recovery_points;
 use sts_backup_api::run::RecoveryPoint;
 use sts_backup_api::snapshot::VolumeSnapshot;
 
 use super::args::{DataFormat, Points};
 use super::cluster::{Cluster, Scope, list_all, understand};
 use super::error::Error;
-use super::recovery_points::recovery_points;
 use super::table::{age, count, second, size, table};
 use super::{Exit, output};
 use crate::clock;

@@ -16,7 +16,7 @@ use sts_backup_api::run::{RecoveryPoint, RunRecord, RunResult};
 use super::args::{DataFormat, Run};
 use super::cluster::{Cluster, understand};
 use super::error::Error;
-use super::follow::{Asked, Progress, not_ready, point_line, progress};
+use super::follow::{Asked, Progress, blocked, not_ready, point_line, progress};
 use super::remedy::remedy;
 use super::table::span;
 use super::{Exit, output};
@@ -25,7 +25,7 @@ use crate::clock;
 /// The field manager of the annotation.
 const FIELD_MANAGER: &str = "kubectl-stsbackup";
 
-/// An agent that is alive has begun by then.
+/// An agent that is alive has begun by then, unless another run is under way.
 const SILENCE: Duration = Duration::from_secs(15);
 
 const SILENCE_HINT: &str =
@@ -35,7 +35,7 @@ const SILENCE_HINT: &str =
 pub(super) async fn run(cluster: &Cluster, how: &Run) -> Result<Exit, Error> {
     let (namespace, name) = (cluster.namespace(), how.name.as_str());
     let backup = cluster.backup(name).await?;
-    if let Some((reason, message)) = not_ready(&backup) {
+    if let Some((reason, message)) = blocked(&backup) {
         return Err(Error::Ended {
             exit: Exit::Failure,
             message: format!(
@@ -43,6 +43,12 @@ pub(super) async fn run(cluster: &Cluster, how: &Run) -> Result<Exit, Error> {
             ),
             remedy: Some(remedy(reason, namespace, name)),
         });
+    }
+
+    if let Some((reason, message)) = not_ready(&backup) {
+        output::complain(&format!(
+            "the last preflight found it not ready, the new run looks again: {reason}: {message}"
+        ));
     }
 
     let annotation = request_value(clock::now());

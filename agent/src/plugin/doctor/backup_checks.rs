@@ -1,16 +1,18 @@
 //! What one backup needs, and what its conditions say. Pure.
 
+use jiff::Timestamp;
 use k8s_openapi::api::apps::v1::StatefulSet;
 use k8s_openapi::api::core::v1::Pod;
 use kube::ResourceExt;
 use sts_backup_api::backup::{Hook, HookPods, OnError, StatefulSetBackup};
 use sts_backup_api::conditions;
+use sts_backup_api::run::RunResult;
 use sts_backup_api::snapshot::VolumeSnapshotClass;
 
 use super::claim_checks::{check_claims, ordinals};
 use super::observe::TargetFacts;
 use super::{Finding, Level, Read};
-use crate::plugin::remedy::remedy;
+use crate::plugin::remedy::{remedy, thaw_trouble};
 use crate::plugin::table::count;
 
 /// On a pod: the container that kubectl and hooks mean when none is named.
@@ -21,8 +23,9 @@ pub(super) fn check_backup(
     backup: &StatefulSetBackup,
     targets: &TargetFacts,
     classes: &Read<Vec<VolumeSnapshotClass>>,
+    now: Timestamp,
 ) -> Vec<Finding> {
-    let mut findings = check_conditions(backup);
+    let mut findings = check_conditions(backup, now);
     let own = backup.namespace().unwrap_or_default();
     let target = &backup.spec.stateful_set_ref;
     let namespace = target.namespace_or(&own);
@@ -54,7 +57,7 @@ pub(super) fn check_backup(
     findings
 }
 
-fn check_conditions(backup: &StatefulSetBackup) -> Vec<Finding> {
+fn check_conditions(backup: &StatefulSetBackup, now: Timestamp) -> Vec<Finding> {
     let (namespace, name) = (backup.namespace().unwrap_or_default(), backup.name_any());
     let object = format!("StatefulSetBackup {namespace}/{name}");
     let Some(status) = &backup.status else {
@@ -73,19 +76,30 @@ fn check_conditions(backup: &StatefulSetBackup) -> Vec<Finding> {
             "if it was not changed just now, look at the agent: is it alive?",
         )];
     }
-    let types = [conditions::READY, conditions::THAWED, conditions::LAST_BACKUP_SUCCEEDED];
-    let found = types.iter().filter_map(|type_| conditions::find(&status.conditions, type_));
-    let bad: Vec<_> = found
-        .filter(|condition| condition.status == "False")
-        .map(|condition| {
-            Finding::fail(
+    let mut findings = Vec::new();
+    if let Some(trouble) = thaw_trouble(backup, now) {
+        findings.push(Finding::fail(object.clone(), trouble, remedy("ThawFailed", &namespace, &name)));
+    }
+    let partial = status.history.first().is_some_and(|run| run.result == RunResult::PartiallyFailed);
+    let checks = [
+        (conditions::READY, Level::Fail),
+        (conditions::LAST_BACKUP_SUCCEEDED, if partial { Level::Warn } else { Level::Fail }),
+    ];
+    for (type_, level) in checks {
+        let condition = conditions::find(&status.conditions, type_);
+        if let Some(condition) = condition.filter(|condition| condition.status == "False") {
+            findings.push(Finding::bad(
+                level,
                 object.clone(),
-                format!("{} is False: {}: {}", condition.type_, condition.reason, condition.message),
+                format!("{type_} is False: {}: {}", condition.reason, condition.message),
                 advice(&condition.reason, &namespace, &name),
-            )
-        })
-        .collect();
-    if bad.is_empty() { vec![Finding::ok(object, "its conditions are good")] } else { bad }
+            ));
+        }
+    }
+    if findings.is_empty() {
+        findings.push(Finding::ok(object, "its conditions are good"));
+    }
+    findings
 }
 
 /// The remedy; to call for this check again would be none.

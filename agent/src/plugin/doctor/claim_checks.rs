@@ -51,15 +51,19 @@ pub(super) fn check_claims(
             "only volumes of claim templates are backed up",
         )];
     }
-    let expected: Vec<_> = ordinals(set)
-        .flat_map(|ordinal| templates.iter().map(move |template| (template, ordinal)))
-        .map(|(template, ordinal)| format!("{template}-{}-{ordinal}", set.name_any()))
-        .collect();
+    let (claims, drivers, classes) = match (&facts.claims, &targets.drivers, classes) {
+        (Ok(claims), Ok(drivers), Ok(classes)) => (claims, drivers, classes),
+        (Err(why), _, _) | (_, Err(why), _) | (_, _, Err(why)) => {
+            return vec![Finding::unread(format!("Claims of {object}"), why)];
+        }
+    };
+    let claims: BTreeMap<_, _> = claims.iter().map(|claim| (claim.name_any(), claim)).collect();
+    let expected = expected_claims(set, &templates, &claims);
     match expected.len() {
         0 => {
-            return vec![Finding::warn(
+            return vec![Finding::fail(
                 object,
-                "has no replicas: there are no claims to snapshot",
+                "has no replicas and no claims: there is nothing to snapshot",
                 "scale it up",
             )];
         }
@@ -73,17 +77,11 @@ pub(super) fn check_claims(
         _ => {}
     }
 
-    let (claims, drivers, classes) = match (&facts.claims, &targets.drivers, classes) {
-        (Ok(claims), Ok(drivers), Ok(classes)) => (claims, drivers, classes),
-        (Err(why), _, _) | (_, Err(why), _) | (_, _, Err(why)) => {
-            return vec![Finding::unread(format!("Claims of {object}"), why)];
-        }
-    };
-    let claims: BTreeMap<_, _> = claims.iter().map(|claim| (claim.name_any(), claim)).collect();
     let unfit = |name: &String| {
-        let (reason, remedy) =
-            fitness(claims.get(name).copied(), drivers, backup.spec.snapshot_class(), classes).err()?;
-        let level = if backup.spec.allow_partial { Level::Warn } else { Level::Fail };
+        let claim = claims.get(name).copied();
+        let Unfit { needed, reason, remedy } =
+            fitness(claim, drivers, backup.spec.snapshot_class(), classes).err()?;
+        let level = if backup.spec.allow_partial && !needed { Level::Warn } else { Level::Fail };
         Some(Finding::bad(level, format!("PersistentVolumeClaim {namespace}/{name}"), reason, remedy))
     };
     let findings: Vec<_> = expected.iter().filter_map(unfit).collect();
@@ -93,62 +91,107 @@ pub(super) fn check_claims(
     findings
 }
 
+/// Those of every replica; without replicas, those that are left.
+fn expected_claims(
+    set: &StatefulSet,
+    templates: &[&String],
+    claims: &BTreeMap<String, &PersistentVolumeClaim>,
+) -> Vec<String> {
+    let stems: Vec<_> = templates.iter().map(|template| format!("{template}-{}-", set.name_any())).collect();
+    let ordinals = ordinals(set);
+    if ordinals.is_empty() {
+        let is_left = |name: &&String| {
+            let mut ends = stems.iter().filter_map(|stem| name.strip_prefix(stem.as_str()));
+            ends.any(|ordinal| ordinal.parse::<u32>().is_ok())
+        };
+        return claims.keys().filter(is_left).cloned().collect();
+    }
+    ordinals.flat_map(|ordinal| stems.iter().map(move |stem| format!("{stem}{ordinal}"))).collect()
+}
+
+/// Why a claim cannot be snapshotted.
+struct Unfit {
+    /// Not even a partial backup goes on without it.
+    needed: bool,
+    reason: String,
+    remedy: String,
+}
+
+impl Unfit {
+    fn new(reason: impl Into<String>, remedy: &str) -> Self {
+        Self { needed: false, reason: reason.into(), remedy: remedy.to_owned() }
+    }
+
+    /// A matter of the spec or the cluster, not of the claim.
+    fn needed(reason: String, remedy: &str) -> Self {
+        Self { needed: true, ..Self::new(reason, remedy) }
+    }
+}
+
 /// Whether a claim can be snapshotted; or why not, and what to do.
 fn fitness(
     claim: Option<&PersistentVolumeClaim>,
     drivers: &BTreeMap<String, Option<String>>,
     class: Option<&str>,
     classes: &[VolumeSnapshotClass],
-) -> Result<(), (String, String)> {
-    let wrong = |reason: &str, remedy: &str| Err((reason.to_owned(), remedy.to_owned()));
-    let Some(claim) = claim else {
-        return wrong(
-            "does not exist",
-            "scale the StatefulSet so that it is created, leave its template out of spec.volumeClaimTemplates, or set spec.allowPartial",
-        );
-    };
+) -> Result<(), Unfit> {
+    let claim = claim.ok_or_else(|| {
+        Unfit::new("does not exist", "wait for its pod, or set spec.allowPartial to back up without it")
+    })?;
+    if claim.metadata.deletion_timestamp.is_some() {
+        return Err(Unfit::new("is being deleted", "delete its pod to get a new one"));
+    }
     let bound = claim.status.as_ref().and_then(|status| status.phase.as_deref()) == Some("Bound");
     let volume = claim.spec.as_ref().and_then(|spec| spec.volume_name.as_deref()).filter(|_| bound);
-    let Some(volume) = volume else {
-        return wrong("is not bound to a volume", "kubectl describe pvc tells what it waits for");
-    };
-    let Some(driver) = drivers.get(volume) else {
-        return wrong(
+    let volume = volume.ok_or_else(|| {
+        Unfit::new("is not bound to a volume", "kubectl describe pvc tells what it waits for")
+    })?;
+    let driver = drivers.get(volume).ok_or_else(|| {
+        Unfit::new(
             "is bound to a volume that does not exist",
             "its data is lost or moved: kubectl describe pvc",
-        );
-    };
-    let Some(driver) = driver else {
-        return wrong(
+        )
+    })?;
+    let driver = driver.as_ref().ok_or_else(|| {
+        Unfit::new(
             "is not a CSI volume: it cannot be snapshotted",
-            "use a StorageClass of a CSI driver that can take snapshots",
-        );
-    };
-    let of_driver: Vec<_> = classes.iter().filter(|class| class.driver == *driver).collect();
+            "leave its template out by spec.volumeClaimTemplates, or use a StorageClass of a CSI driver",
+        )
+    })?;
     match class {
-        Some(name) => match classes.iter().find(|class| class.name_any() == name) {
-            Some(class) if class.driver == *driver => Ok(()),
-            Some(class) => Err((
-                format!("is of the driver {driver}, and VolumeSnapshotClass {name} is of {}", class.driver),
-                "name a class of the claim's driver in spec.volumeSnapshotClassName, or none".to_owned(),
-            )),
-            None => Err((
-                format!("needs VolumeSnapshotClass {name}, which does not exist"),
-                "create it, or name another in spec.volumeSnapshotClassName".to_owned(),
-            )),
-        },
-        None => match of_driver.iter().filter(|class| is_default(class)).count() {
-            1 => Ok(()),
-            0 => Err((
-                format!("has no VolumeSnapshotClass: none of driver {driver} is the default"),
-                "name one in spec.volumeSnapshotClassName, or mark one of the driver's as its default"
-                    .to_owned(),
-            )),
-            several => Err((
-                format!("has {several} default VolumeSnapshotClasses of driver {driver}"),
-                "leave one default, or name one in spec.volumeSnapshotClassName".to_owned(),
-            )),
-        },
+        Some(name) => named_class(name, driver, classes),
+        None => default_class(driver, classes),
+    }
+}
+
+fn named_class(name: &str, driver: &str, classes: &[VolumeSnapshotClass]) -> Result<(), Unfit> {
+    let class = classes.iter().find(|class| class.name_any() == name).ok_or_else(|| {
+        Unfit::needed(
+            format!("needs VolumeSnapshotClass {name}, which does not exist"),
+            "create it, or name another in spec.volumeSnapshotClassName",
+        )
+    })?;
+    if class.driver == driver {
+        return Ok(());
+    }
+    Err(Unfit::new(
+        format!("is of the driver {driver}, and VolumeSnapshotClass {name} is of {}", class.driver),
+        "leave spec.volumeSnapshotClassName out to use each driver's default class",
+    ))
+}
+
+fn default_class(driver: &str, classes: &[VolumeSnapshotClass]) -> Result<(), Unfit> {
+    let defaults = classes.iter().filter(|class| class.driver == driver && is_default(class));
+    match defaults.count() {
+        1 => Ok(()),
+        0 => Err(Unfit::needed(
+            format!("has no VolumeSnapshotClass: none of driver {driver} is the default"),
+            "name one in spec.volumeSnapshotClassName, or mark one of the driver's as its default",
+        )),
+        several => Err(Unfit::needed(
+            format!("has {several} default VolumeSnapshotClasses of driver {driver}"),
+            "leave one default, or name one in spec.volumeSnapshotClassName",
+        )),
     }
 }
 

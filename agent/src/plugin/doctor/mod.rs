@@ -113,7 +113,7 @@ pub(super) async fn doctor(cluster: &Cluster, how: &Doctor) -> Result<Exit, Erro
     }
     let targets = observe::target_facts(cluster, &backups).await;
     for backup in &backups {
-        findings.extend(backup_checks::check_backup(backup, &targets, &facts.classes));
+        findings.extend(backup_checks::check_backup(backup, &targets, &facts.classes, clock::now()));
     }
 
     let text = match how.output {
