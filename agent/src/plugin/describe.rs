@@ -97,7 +97,7 @@ fn head(backup: &StatefulSetBackup, status: &StatefulSetBackupStatus, now: Times
     ));
     let success = status.last_successful_time.as_ref();
     said.push(("Last success", success.map_or("never".to_owned(), |time| moment(time.0, now))));
-    lines(said.iter().map(|(name, value)| format!("{:<14}{value}", format!("{name}:"))))
+    lines(said.iter().map(|(name, value)| format!("{:<13} {value}", format!("{name}:"))))
 }
 
 /// A hook in one line, however many its command has.
@@ -180,7 +180,7 @@ fn what_to_do(backup: &StatefulSetBackup, now: Timestamp) -> String {
     };
     let mut lines: Vec<String> = Vec::new();
     let mut advise = |about: String, advice: String| {
-        let line = format!("{about}: {advice}\n");
+        let line = format!("{}: {advice}\n", one_line(&about));
         if !lines.contains(&line) {
             lines.push(line);
         }

@@ -44,10 +44,10 @@ impl Error {
     pub(super) fn of(what: &str, object: Option<(&str, &str)>, err: kube::Error) -> Self {
         let what = what.to_owned();
         let kube::Error::Api(status) = err else { return Self::Request { what, source: Box::new(err) } };
-        if status.is_forbidden() {
+        if forbidden(&status) {
             return Self::Forbidden { what, says: status.message };
         }
-        if status.is_not_found() {
+        if not_found(&status) {
             return match object {
                 Some((namespace, object)) if names_an_object(&status) => Self::NotFound {
                     object: object.to_owned(),
@@ -131,6 +131,16 @@ impl Error {
     }
 }
 
+/// A 404. kube 5.0 knows it only by its reason, which the answer for a kind that is not served does not have.
+pub(super) fn not_found(status: &Status) -> bool {
+    status.is_not_found() || status.code == 404
+}
+
+/// A 403, with or without its reason.
+pub(super) fn forbidden(status: &Status) -> bool {
+    status.is_forbidden() || status.code == 403
+}
+
 /// Whether a 404 is about an object, and not about a kind that the server does not know.
 fn names_an_object(status: &Status) -> bool {
     status.details.as_ref().is_some_and(|details| !details.name.is_empty())
@@ -167,7 +177,11 @@ mod tests {
              to do: kubectl stsbackup list -n shop shows what is there, kubectl stsbackup list -A where else to look"
         );
 
-        let unknown = Error::of("list StatefulSetBackups", object, answer(404, "", "404 page not found", ""));
+        let unknown = Error::of(
+            "list StatefulSetBackups",
+            object,
+            answer(404, "Failed to parse error data", "404 page not found", ""),
+        );
         assert_eq!(unknown.exit(), Exit::Failure);
         assert_eq!(
             unknown.to_text(),

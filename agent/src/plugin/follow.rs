@@ -21,6 +21,9 @@ const MAX_ATTEMPTS: i32 = 3;
 /// that of the last preflight, and only another run can better it.
 const BLOCKING: [&str; 2] = ["NamespaceNotGranted", "StatefulSetNotFound"];
 
+/// Said as long as the agent has not begun.
+pub(super) const WAITING: &str = "waiting for the agent to begin";
+
 /// A run that somebody asked for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Asked {
@@ -111,7 +114,7 @@ pub(super) fn progress(backup: Option<&StatefulSetBackup>, asked: &Asked) -> Pro
     }
     Progress::Goes(match current {
         Some(other) => format!("waiting for run {} to end, which is at: {}", other.id, progress_line(other)),
-        None => "waiting for the agent to begin".to_owned(),
+        None => WAITING.to_owned(),
     })
 }
 

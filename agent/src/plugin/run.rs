@@ -15,8 +15,8 @@ use sts_backup_api::run::{RecoveryPoint, RunRecord, RunResult};
 
 use super::args::{DataFormat, Run};
 use super::cluster::{Cluster, understand};
-use super::error::Error;
-use super::follow::{Asked, Progress, blocked, not_ready, point_line, progress};
+use super::error::{Error, forbidden, not_found};
+use super::follow::{Asked, Progress, WAITING, blocked, not_ready, point_line, progress};
 use super::remedy::remedy;
 use super::table::span;
 use super::{Exit, output};
@@ -146,8 +146,7 @@ async fn follow(
         };
         match progress(backup.as_ref(), asked) {
             Progress::Goes(line) => {
-                // The first line only says that the agent has not begun.
-                hinted |= !said.is_empty() && line != said;
+                hinted |= line != WAITING;
                 if line != said {
                     say(&line)?;
                     said = line;
@@ -173,7 +172,7 @@ fn lasting(err: &watcher::Error) -> Option<Box<kube::core::Status>> {
         | watcher::Error::WatchFailed(_)
         | watcher::Error::NoResourceVersion => return None,
     };
-    (status.is_forbidden() || status.is_not_found()).then(|| status.clone())
+    (forbidden(status) || not_found(status)).then(|| status.clone())
 }
 
 /// The finished run, or why there is none.
@@ -210,3 +209,7 @@ fn verdict(record: &RunRecord, namespace: &str, name: &str) -> Result<Exit, Erro
         remedy: Some(remedy(reason, namespace, name)),
     })
 }
+
+#[cfg(test)]
+#[path = "run_tests.rs"]
+mod tests;

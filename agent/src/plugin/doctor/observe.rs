@@ -16,6 +16,7 @@ use sts_backup_api::snapshot::VolumeSnapshotClass;
 use super::Read;
 use super::cluster_checks::{NEEDED_KINDS, ServedKinds};
 use crate::plugin::cluster::{Cluster, Scope, list_all};
+use crate::plugin::error::not_found;
 
 /// The agent's Lease, in the namespace that it runs in.
 pub(super) const LEASE: &str = "sts-backup-agent";
@@ -55,7 +56,7 @@ pub(super) async fn cluster_facts(cluster: &Cluster) -> ClusterFacts {
         // Discovery is open to every user, unlike the CRDs.
         let kinds = match cluster.client().list_api_group_resources(group_version).await {
             Ok(list) => Ok(list.resources.into_iter().map(|resource| resource.name).collect()),
-            Err(kube::Error::Api(status)) if status.is_not_found() => Ok(Vec::new()),
+            Err(kube::Error::Api(status)) if not_found(&status) => Ok(Vec::new()),
             Err(err) => Err(err.to_string()),
         };
         served.push(ServedKinds { group_version, kinds });
