@@ -85,7 +85,7 @@ impl Error {
                 "kubectl stsbackup list -n {namespace} shows what is there, kubectl stsbackup list -A where else to look"
             )),
             Self::NotServed { .. } => Some(
-                "install the chart sts-backup-agent, which brings the CRDs; kubectl stsbackup doctor tells what is missing".to_owned(),
+                "kubectl stsbackup doctor tells which CRDs are missing, and where they come from".to_owned(),
             ),
             Self::Forbidden { .. } => Some(
                 "ask the administrator of the cluster for this right; kubectl auth can-i --list shows those you have".to_owned(),
@@ -121,7 +121,7 @@ impl Error {
         while let Some(source) = cause {
             let why = source.to_string();
             // Some causes repeat what they are caused by.
-            if !text.ends_with(&why) {
+            if !text.contains(&why) {
                 text.push_str(": ");
                 text.push_str(&why);
             }
@@ -186,7 +186,7 @@ mod tests {
         assert_eq!(
             unknown.to_text(),
             "error: list StatefulSetBackups: the cluster does not serve this kind\n  \
-             to do: install the chart sts-backup-agent, which brings the CRDs; kubectl stsbackup doctor tells what is missing"
+             to do: kubectl stsbackup doctor tells which CRDs are missing, and where they come from"
         );
     }
 

@@ -9,9 +9,10 @@ mod observe;
 mod sidecar_checks;
 
 use serde::Serialize;
+use sts_backup_api::backup::StatefulSetBackup;
 
 use super::args::{DataFormat, Doctor};
-use super::cluster::{Cluster, understand};
+use super::cluster::{Cluster, Scope, understand};
 use super::error::Error;
 use super::table::lines;
 use super::{Exit, output};
@@ -93,23 +94,21 @@ pub(super) async fn doctor(cluster: &Cluster, how: &Doctor) -> Result<Exit, Erro
     let mut findings = cluster_checks::check_cluster(&facts, clock::now());
 
     let scope = cluster.scope(how.all_namespaces);
-    let objects = if cluster_checks::serves_backups(&facts) {
-        match &how.name {
-            Some(name) => vec![Ok(cluster.backup(name).await?)],
-            None => cluster.backups(&scope).await?.iter().map(understand).collect(),
-        }
-    } else {
-        Vec::new()
-    };
-    if objects.is_empty() {
-        findings.push(Finding::ok("StatefulSetBackups", format!("none to check in {}", scope.describe())));
-    }
     let mut backups = Vec::new();
-    for object in objects {
-        match object {
-            Ok(backup) => backups.push(backup),
-            Err(err) => findings.push(Finding::unread("StatefulSetBackup", &err.to_text())),
+    if cluster_checks::serves_backups(&facts) {
+        for object in objects(cluster, &scope, how.name.as_deref()).await {
+            match object {
+                Ok(backup) => backups.push(backup),
+                // Everything else can still be checked.
+                Err(err @ (Error::Forbidden { .. } | Error::Unreadable { .. })) => {
+                    findings.push(Finding::unread("StatefulSetBackup", &err.brief()));
+                }
+                Err(err) => return Err(err),
+            }
         }
+    }
+    if backups.is_empty() {
+        findings.push(Finding::ok("StatefulSetBackups", format!("none to check in {}", scope.describe())));
     }
     let targets = observe::target_facts(cluster, &backups).await;
     for backup in &backups {
@@ -123,6 +122,21 @@ pub(super) async fn doctor(cluster: &Cluster, how: &Doctor) -> Result<Exit, Erro
     output::print(&text)?;
     let broken = findings.iter().any(|finding| finding.level == Level::Fail);
     Ok(if broken { Exit::Failure } else { Exit::Success })
+}
+
+/// The backups that are asked for, or what keeps them from being read.
+async fn objects(
+    cluster: &Cluster,
+    scope: &Scope,
+    name: Option<&str>,
+) -> Vec<Result<StatefulSetBackup, Error>> {
+    if let Some(name) = name {
+        return vec![cluster.backup(name).await];
+    }
+    match cluster.backups(scope).await {
+        Ok(objects) => objects.iter().map(understand).collect(),
+        Err(err) => vec![Err(err)],
+    }
 }
 
 /// A line for each finding with its remedy below, and how many there are of each level.
