@@ -95,6 +95,7 @@ pub(super) async fn doctor(cluster: &Cluster, how: &Doctor) -> Result<Exit, Erro
 
     let scope = cluster.scope(how.all_namespaces);
     let mut backups = Vec::new();
+    let of_cluster = findings.len();
     if cluster_checks::serves_backups(&facts) {
         for object in objects(cluster, &scope, how.name.as_deref()).await {
             match object {
@@ -107,7 +108,7 @@ pub(super) async fn doctor(cluster: &Cluster, how: &Doctor) -> Result<Exit, Erro
             }
         }
     }
-    if backups.is_empty() {
+    if backups.is_empty() && findings.len() == of_cluster {
         findings.push(Finding::ok("StatefulSetBackups", format!("none to check in {}", scope.describe())));
     }
     let targets = observe::target_facts(cluster, &backups).await;
