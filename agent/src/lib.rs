@@ -6,6 +6,7 @@
 //! [`app`] puts the parts together: [`config`] is what the agent is told, [`telemetry`] how it logs, [`metrics`]
 //! what it shows over HTTP, [`lease`] which replica acts, and [`clock`] the only place that asks for the time.
 //! `backup` is the controller of backups, [`hooks`] runs commands in pods for it.
+//! [`plugin`] is another program: the commands of kubectl-stsbackup.
 
 /// Names a boundary between two steps. With the feature `failpoints` the process ends there, as by SIGKILL, when
 /// the environment says `FAILPOINTS=<name>=return`; without it this is nothing.
@@ -22,4 +23,5 @@ pub mod config;
 pub mod hooks;
 pub mod lease;
 pub mod metrics;
+pub mod plugin;
 pub mod telemetry;

@@ -1,0 +1,7 @@
+//! `kubectl stsbackup`: see [`sts_backup_agent::plugin`].
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    sts_backup_agent::plugin::main()
+}

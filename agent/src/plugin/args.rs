@@ -1,0 +1,252 @@
+//! The command line.
+
+#![allow(clippy::doc_markdown, reason = "--help shows these texts, and backticks as they are")]
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Parser, Subcommand, ValueEnum};
+use clap_complete::Shell;
+use jiff::SignedDuration;
+
+/// The name by which kubectl finds the plugin.
+pub(super) const BINARY: &str = "kubectl-stsbackup";
+
+const AFTER_HELP: &str = "\
+Examples:
+  kubectl stsbackup list -A                    every backup of the cluster
+  kubectl stsbackup run nightly --wait         back up now, and say how it went
+  kubectl stsbackup points                     what can be restored in this namespace
+  kubectl stsbackup doctor                     why backups fail, or will
+
+Exit codes:
+  0  success
+  1  the command failed, a run failed, or doctor found something broken
+  2  wrong usage, or no such object
+  3  a run ended as PartiallyFailed
+  4  a wait took longer than --timeout";
+
+/// Backups of StatefulSets: see them, take them, find out why they fail.
+///
+/// Works through the Kubernetes API alone, with the rights of your kubeconfig.
+#[derive(Debug, Parser)]
+#[command(
+    name = BINARY,
+    bin_name = "kubectl stsbackup",
+    display_name = "kubectl stsbackup",
+    version,
+    after_help = AFTER_HELP,
+    propagate_version = true,
+    disable_help_subcommand = true,
+    arg_required_else_help = true
+)]
+pub(super) struct Args {
+    #[command(flatten)]
+    pub(super) connection: Connection,
+    #[command(subcommand)]
+    pub(super) command: Command,
+}
+
+/// Which cluster, as whom, and where in it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, clap::Args)]
+#[command(next_help_heading = "Connection")]
+pub(super) struct Connection {
+    /// The kubeconfig file [default: $KUBECONFIG, then ~/.kube/config]
+    #[arg(long, global = true, value_name = "FILE")]
+    pub(super) kubeconfig: Option<PathBuf>,
+    /// The context of the kubeconfig [default: its current context]
+    #[arg(long, global = true, value_name = "NAME")]
+    pub(super) context: Option<String>,
+    /// The namespace [default: the context's]
+    #[arg(short, long, global = true, value_name = "NAME")]
+    pub(super) namespace: Option<String>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum Command {
+    /// List the StatefulSetBackups
+    #[command(visible_alias = "ls")]
+    List(List),
+    /// Show one StatefulSetBackup: spec, conditions, run, recovery points, history, events, and what to do
+    Describe {
+        /// The StatefulSetBackup
+        name: String,
+    },
+    /// Ask for a run now
+    ///
+    /// Sets the annotation backup.sts-backup.io/requested-at of the StatefulSetBackup to the present time; the
+    /// agent does the rest. A run under way is finished first.
+    Run(Run),
+    /// List the recovery points: what can be restored
+    ///
+    /// They are read from the VolumeSnapshots themselves, so those of deleted StatefulSetBackups are listed too.
+    Points(Points),
+    /// Check everything that backups need, in the cluster and for each StatefulSetBackup
+    ///
+    /// Changes nothing. What you may not read is a warning, not a failure. Exits with 1 when something is
+    /// broken.
+    Doctor(Doctor),
+    /// Print a completion script
+    ///
+    /// For bash: source <(kubectl stsbackup completion bash). It completes the binary's own name,
+    /// kubectl-stsbackup.
+    Completion {
+        /// The shell
+        shell: Shell,
+    },
+}
+
+/// What `list` shows.
+#[derive(Debug, clap::Args)]
+pub(super) struct List {
+    /// In all namespaces
+    #[arg(short = 'A', long, conflicts_with = "namespace")]
+    pub(super) all_namespaces: bool,
+    /// How to print it [default: a table]
+    #[arg(short, long, value_enum, value_name = "FORMAT")]
+    pub(super) output: Option<ListFormat>,
+}
+
+/// How `list` prints.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum ListFormat {
+    /// A table with more columns
+    Wide,
+    /// The objects, as JSON
+    Json,
+    /// The objects, as YAML
+    Yaml,
+    /// Only the names, as kubectl takes them
+    Name,
+}
+
+/// What `run` does.
+#[derive(Debug, clap::Args)]
+pub(super) struct Run {
+    /// The StatefulSetBackup
+    pub(super) name: String,
+    /// Follow the run to its end; the exit code tells how it went
+    #[arg(long)]
+    pub(super) wait: bool,
+    /// How long to wait, such as 90s, 30m or 1h30m; the run goes on after it
+    #[arg(long, value_name = "DURATION", default_value = "1h", value_parser = parse_duration, requires = "wait")]
+    pub(super) timeout: Duration,
+    /// Print the record of the finished run; progress goes to standard error
+    #[arg(short, long, value_enum, value_name = "FORMAT", requires = "wait")]
+    pub(super) output: Option<JsonFormat>,
+}
+
+/// What `points` shows.
+#[derive(Debug, clap::Args)]
+pub(super) struct Points {
+    /// Only those of this StatefulSetBackup, which may be gone
+    pub(super) name: Option<String>,
+    /// In all namespaces
+    #[arg(short = 'A', long, conflicts_with = "namespace")]
+    pub(super) all_namespaces: bool,
+    /// How to print them [default: a table]
+    #[arg(short, long, value_enum, value_name = "FORMAT")]
+    pub(super) output: Option<DataFormat>,
+}
+
+/// What `doctor` checks.
+#[derive(Debug, clap::Args)]
+pub(super) struct Doctor {
+    /// Only this StatefulSetBackup, and the cluster [default: all of the namespace]
+    pub(super) name: Option<String>,
+    /// The StatefulSetBackups of all namespaces
+    #[arg(short = 'A', long, conflicts_with_all = ["namespace", "name"])]
+    pub(super) all_namespaces: bool,
+    /// How to print the findings [default: text]
+    #[arg(short, long, value_enum, value_name = "FORMAT")]
+    pub(super) output: Option<JsonFormat>,
+}
+
+/// For commands that have one format for programs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum JsonFormat {
+    /// JSON
+    Json,
+}
+
+/// Formats for programs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum DataFormat {
+    /// JSON
+    Json,
+    /// YAML
+    Yaml,
+}
+
+/// A positive duration as people write it: `90s`, `1h30m`.
+fn parse_duration(text: &str) -> Result<Duration, String> {
+    let advice = "write a duration such as 90s, 30m or 1h30m";
+    let duration: SignedDuration = text.parse().map_err(|_| advice.to_owned())?;
+    Duration::try_from(duration).ok().filter(|duration| !duration.is_zero()).ok_or_else(|| advice.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Args::command().debug_assert();
+    }
+
+    #[test]
+    fn help_speaks_of_kubectl_stsbackup() {
+        let help = Args::command().render_help().to_string();
+        assert!(help.contains("Usage: kubectl stsbackup "), "{help}");
+        let refused = Args::try_parse_from([BINARY, "describe"]).unwrap_err().to_string();
+        assert!(refused.contains("Usage: kubectl stsbackup describe "), "{refused}");
+    }
+
+    #[test]
+    fn connection_flags_stand_before_or_after_the_command() {
+        for line in [
+            ["-n", "shop", "--context", "east", "list"],
+            ["list", "-n", "shop", "--context", "east"],
+            ["list", "--namespace=shop", "--context=east", "-o", "json"],
+        ] {
+            let args = Args::try_parse_from(std::iter::once(BINARY).chain(line)).unwrap();
+            assert_eq!(args.connection.namespace.as_deref(), Some("shop"));
+            assert_eq!(args.connection.context.as_deref(), Some("east"));
+        }
+    }
+
+    #[test]
+    fn contradictions_are_refused() {
+        for line in [
+            &["list", "-A", "-n", "shop"][..],
+            &["doctor", "nightly", "-A"],
+            &["run", "nightly", "--timeout", "1m"],
+            &["run", "nightly", "-o", "json"],
+            &["run", "nightly", "--wait", "--timeout", "0s"],
+            &["run", "nightly", "--wait", "--timeout", "soon"],
+        ] {
+            let refused = Args::try_parse_from([BINARY].iter().chain(line)).unwrap_err();
+            assert_eq!(refused.exit_code(), 2, "{line:?}");
+        }
+    }
+
+    #[test]
+    fn a_run_waits_for_an_hour_unless_told_otherwise() {
+        let timeout = |line: &[&str]| match Args::try_parse_from([BINARY].iter().chain(line)).unwrap().command
+        {
+            Command::Run(run) => Some(run.timeout),
+            Command::List(_)
+            | Command::Describe { .. }
+            | Command::Points(_)
+            | Command::Doctor(_)
+            | Command::Completion { .. } => None,
+        };
+        assert_eq!(timeout(&["run", "nightly", "--wait"]), Some(Duration::from_hours(1)));
+        assert_eq!(
+            timeout(&["run", "nightly", "--wait", "--timeout", "1h30m"]),
+            Some(Duration::from_mins(90))
+        );
+    }
+}

@@ -1,0 +1,141 @@
+//! The cluster, as the user's kubeconfig reaches it.
+
+use std::fmt::Debug;
+
+use k8s_openapi::NamespaceResourceScope;
+use kube::api::{ApiResource, DynamicObject, ListParams};
+use kube::config::{KubeConfigOptions, Kubeconfig};
+use kube::{Api, Client, Config, Resource, ResourceExt};
+use serde::de::DeserializeOwned;
+use sts_backup_api::backup::StatefulSetBackup;
+
+use super::args::Connection;
+use super::error::Error;
+
+/// How many objects one answer of the API server may hold; longer lists come in pages.
+const PAGE: u32 = 500;
+
+/// A connection, and the namespace that is meant when none is named.
+pub(super) struct Cluster {
+    client: Client,
+    namespace: String,
+}
+
+/// Where to look.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Scope {
+    /// In every namespace.
+    All,
+    /// In one.
+    Namespace(String),
+}
+
+impl Scope {
+    /// The namespace to put on an error, if there is one.
+    pub(super) fn describe(&self) -> String {
+        match self {
+            Self::All => "any namespace".to_owned(),
+            Self::Namespace(namespace) => format!("namespace {namespace}"),
+        }
+    }
+}
+
+impl Cluster {
+    /// As kubectl does: `--kubeconfig`, `$KUBECONFIG`, `~/.kube/config`, and inside a pod its own account.
+    pub(super) async fn connect(connection: &Connection) -> Result<Self, Error> {
+        let Connection { kubeconfig, context, namespace } = connection;
+        let config = if kubeconfig.is_none() && context.is_none() {
+            Config::infer().await.map_err(|source| Error::NoCluster { source: Box::new(source) })?
+        } else {
+            let file = kubeconfig.as_ref().map(|file| file.display().to_string());
+            let unusable = |source| Error::Kubeconfig { file: file.clone(), source: Box::new(source) };
+            let read = kubeconfig.as_ref().map_or_else(Kubeconfig::read, Kubeconfig::read_from);
+            let options = KubeConfigOptions { context: context.clone(), ..KubeConfigOptions::default() };
+            let kubeconfig = read.map_err(unusable)?;
+            Config::from_custom_kubeconfig(kubeconfig, &options).await.map_err(unusable)?
+        };
+        let namespace = namespace.clone().unwrap_or_else(|| config.default_namespace.clone());
+        let client = Client::try_from(config).map_err(|source| Error::Client { source: Box::new(source) })?;
+        Ok(Self { client, namespace })
+    }
+
+    /// The namespace that is meant when none is named.
+    pub(super) fn namespace(&self) -> &str {
+        &self.namespace
+    }
+
+    /// All namespaces, or the one that is meant.
+    pub(super) fn scope(&self, all_namespaces: bool) -> Scope {
+        if all_namespaces { Scope::All } else { Scope::Namespace(self.namespace.clone()) }
+    }
+
+    /// For requests of other kinds.
+    pub(super) fn client(&self) -> Client {
+        self.client.clone()
+    }
+
+    /// The objects of a kind there.
+    pub(super) fn api<K>(&self, scope: &Scope) -> Api<K>
+    where
+        K: Resource<DynamicType = (), Scope = NamespaceResourceScope>,
+    {
+        match scope {
+            Scope::All => Api::all(self.client()),
+            Scope::Namespace(namespace) => Api::namespaced(self.client(), namespace),
+        }
+    }
+
+    /// The `StatefulSetBackups` there, whole: fields that this version does not know are kept.
+    pub(super) async fn backups(&self, scope: &Scope) -> Result<Vec<DynamicObject>, Error> {
+        let resource = ApiResource::erase::<StatefulSetBackup>(&());
+        let api: Api<DynamicObject> = match scope {
+            Scope::All => Api::all_with(self.client(), &resource),
+            Scope::Namespace(namespace) => Api::namespaced_with(self.client(), namespace, &resource),
+        };
+        let mut backups = list_all(&api, &ListParams::default(), "list StatefulSetBackups").await?;
+        for backup in &mut backups {
+            // The items of a list come without their kind.
+            backup.types.get_or_insert_with(kube::core::TypeMeta::resource::<StatefulSetBackup>);
+        }
+        Ok(backups)
+    }
+
+    /// One `StatefulSetBackup` of the namespace that is meant.
+    pub(super) async fn backup(&self, name: &str) -> Result<StatefulSetBackup, Error> {
+        let api: Api<DynamicObject> = Api::namespaced_with(
+            self.client(),
+            &self.namespace,
+            &ApiResource::erase::<StatefulSetBackup>(&()),
+        );
+        let object = format!("StatefulSetBackup {}/{name}", self.namespace);
+        let found = api.get(name).await;
+        let found = found
+            .map_err(|err| Error::of(&format!("read {object}"), Some((&self.namespace, &object)), err))?;
+        understand(&found)
+    }
+}
+
+/// The object as this version knows it.
+pub(super) fn understand(object: &DynamicObject) -> Result<StatefulSetBackup, Error> {
+    serde_json::to_value(object).and_then(serde_json::from_value).map_err(|source| {
+        let namespace = object.namespace().unwrap_or_default();
+        Error::Unreadable { object: format!("StatefulSetBackup {namespace}/{}", object.name_any()), source }
+    })
+}
+
+/// Every object, page by page.
+pub(super) async fn list_all<K>(api: &Api<K>, how: &ListParams, what: &str) -> Result<Vec<K>, Error>
+where
+    K: Clone + DeserializeOwned + Debug,
+{
+    let mut objects = Vec::new();
+    let mut page = ListParams { limit: Some(PAGE), ..how.clone() };
+    loop {
+        let listed = api.list(&page).await.map_err(|err| Error::of(what, None, err))?;
+        objects.extend(listed.items);
+        match listed.metadata.continue_.filter(|token| !token.is_empty()) {
+            Some(token) => page.continue_token = Some(token),
+            None => return Ok(objects),
+        }
+    }
+}
