@@ -15,7 +15,7 @@ const EXPIRY: &str = "expires=180 ";
 /// The pre hook and the post hook that freeze and thaw one application.
 #[derive(Clone, Debug)]
 pub struct Hooks {
-    /// Freezes the application, for [`PAGE`]'s time or that of [`Self::expiring_after`].
+    /// Freezes the application, for 180 s or as long as [`Self::expiring_after`] says.
     pub pre: Hook,
     /// Thaws it, however often it is run.
     pub post: Hook,
