@@ -1,5 +1,7 @@
 //! Runs commands against an API server of one connection, on a real socket.
 
+use std::sync::{Arc, Mutex};
+
 use futures::{SinkExt, StreamExt};
 use serde_json::json;
 use tokio::net::{TcpListener, TcpStream};
@@ -7,6 +9,7 @@ use tokio::sync::oneshot;
 use tokio_tungstenite::tungstenite::handshake::server::{ErrorResponse, Request, Response};
 use tokio_tungstenite::tungstenite::{Error as WebSocketError, Message};
 use tokio_tungstenite::{WebSocketStream, accept_hdr_async};
+use tracing_subscriber::fmt::format::FmtSpan;
 
 use super::*;
 
@@ -104,6 +107,43 @@ async fn a_failing_command_is_told_by_its_exit_code_alone() {
             .await;
     });
     assert_eq!(outcome.await, Outcome::Failed { reason: "exit code 3".to_owned() });
+}
+
+/// What a subscriber wrote.
+#[derive(Clone, Default)]
+struct Written(Arc<Mutex<Vec<u8>>>);
+
+impl io::Write for Written {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.lock().unwrap().write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[tokio::test]
+async fn neither_a_command_nor_its_output_reaches_a_log_of_any_level() {
+    let written = Written::default();
+    let writer = written.clone();
+    let log = tracing_subscriber::fmt()
+        .with_env_filter(format!("trace,{LOG_DIRECTIVE}"))
+        .with_span_events(FmtSpan::FULL)
+        .with_writer(move || writer.clone());
+    // The runtime of a test has one thread, so its tasks log here too.
+    let _guard = tracing::subscriber::set_default(log.finish());
+    tracing::debug!("this log is read");
+
+    let outcome = run_against(LONG, |stream| async move {
+        let mut socket = upgrade(stream).await;
+        socket.send(on_channel(1, SECRET.as_bytes())).await.unwrap();
+        finish(socket, json!({ "status": "Success" })).await;
+    });
+    assert_eq!(outcome.await, Outcome::Succeeded);
+    let log = String::from_utf8(written.0.lock().unwrap().clone()).unwrap();
+    assert!(log.contains("this log is read"), "{log}");
+    assert!(!log.contains(SECRET), "{log}");
 }
 
 #[tokio::test]

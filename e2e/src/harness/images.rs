@@ -14,7 +14,7 @@ use super::debian::Packages;
 use super::paths::Paths;
 use super::programs::CSI;
 
-const PACKAGES: [&str; 4] = ["postgresql-15", "busybox-static", "btrfs-progs", "mount"];
+const PACKAGES: [&str; 5] = ["postgresql-15", "redis-server", "busybox-static", "btrfs-progs", "mount"];
 
 /// Full names of the images, as pods write them (with `imagePullPolicy: Never`). The tag changes with the
 /// content.
@@ -22,6 +22,8 @@ const PACKAGES: [&str; 4] = ["postgresql-15", "busybox-static", "btrfs-progs", "
 pub struct Images {
     /// PostgreSQL 15 and a shell; users `root` and `postgres` (999).
     pub postgres: String,
+    /// Redis 7.0 with `redis-cli`, and a shell.
+    pub redis: String,
     /// busybox: `sh` and its applets.
     pub shell: String,
     /// The test CSI driver with the btrfs tools.
@@ -63,6 +65,7 @@ pub async fn make(harness: &Harness) -> Result<(Images, Vec<Archive>)> {
     let csi_key = csi.to_string_lossy();
 
     let postgres = image(harness, "postgres", packages.key(), async || postgres(&packages).await).await?;
+    let redis = image(harness, "redis", packages.key(), async || redis(&packages).await).await?;
     let shell = image(harness, "shell", packages.key(), async || shell(&packages)).await?;
     let csi_driver = async || csi_driver(&packages, &driver).await;
     let csi_driver = image(harness, "csi-driver", &driver_key, csi_driver).await?;
@@ -73,13 +76,14 @@ pub async fn make(harness: &Harness) -> Result<(Images, Vec<Archive>)> {
 
     let images = Images {
         postgres: postgres.name.clone(),
+        redis: redis.name.clone(),
         shell: shell.name.clone(),
         csi_driver: csi_driver.name.clone(),
         csi_sidecars: csi_sidecars.name.clone(),
         csi_sanity: csi_sanity.name.clone(),
     };
     std::fs::write(Images::file(&harness.paths), serde_json::to_vec_pretty(&images)?)?;
-    Ok((images, vec![postgres, shell, csi_driver, csi_sidecars, csi_sanity]))
+    Ok((images, vec![postgres, redis, shell, csi_driver, csi_sidecars, csi_sanity]))
 }
 
 /// One image by the key of what goes in; this file decides what does.
@@ -184,6 +188,15 @@ async fn postgres(packages: &Packages) -> Result<Image> {
                 image.libraries_of(packages, &file).await?;
             }
         }
+    }
+    Ok(image)
+}
+
+async fn redis(packages: &Packages) -> Result<Image> {
+    let mut image = Image::new(&["/bin/sh"]);
+    add_shell(&mut image, packages)?;
+    for program in ["redis-server", "redis-cli"] {
+        image.program(packages, program).await?;
     }
     Ok(image)
 }

@@ -14,6 +14,8 @@ use serde_json::json;
 use super::Namespace;
 use super::claim::restored_claim;
 use super::exec::exec;
+use super::hooks::Hooks;
+use super::poll::until;
 use crate::condition::{await_condition, statefulset_ready};
 
 /// The container in each pod.
@@ -29,6 +31,16 @@ const POSTGRES_ID: i64 = 999;
 
 /// A start from nothing takes 4 s, crash recovery less; the rest is for a busy machine.
 const READY_TIMEOUT: Duration = Duration::from_mins(2);
+
+/// The names of the sessions are those of `docs/hooks.md`.
+const IS_FROZEN: &str = "SELECT EXISTS (SELECT FROM pg_stat_activity JOIN pg_locks USING (pid) \
+    WHERE application_name = 'sts-backup-frozen' \
+    AND relation = 'pg_class'::regclass AND mode = 'ShareLock' AND granted)";
+
+const WRITER_WAITS: &str = "SELECT EXISTS (SELECT FROM pg_stat_activity writer JOIN pg_stat_activity freeze \
+    ON freeze.pid = ANY (pg_blocking_pids(writer.pid)) \
+    WHERE freeze.application_name = 'sts-backup-frozen' \
+    AND writer.wait_event_type = 'Lock' AND writer.query LIKE 'INSERT INTO load %')";
 
 const START_SCRIPT: &str = include_str!("postgres.sh");
 
@@ -103,7 +115,8 @@ impl Postgres {
     }
 
     /// The pod of one server.
-    pub(super) fn pod_name(&self, ordinal: u32) -> String {
+    #[must_use]
+    pub fn pod_name(&self, ordinal: u32) -> String {
         format!("{}-{ordinal}", self.name)
     }
 
@@ -124,7 +137,7 @@ impl Postgres {
     ///
     /// # Errors
     /// When psql cannot be run or any statement fails.
-    pub(super) async fn psql(&self, ordinal: u32, sql: &str) -> Result<String> {
+    pub async fn psql(&self, ordinal: u32, sql: &str) -> Result<String> {
         let command = ["psql", "-XAtq", "-v", "ON_ERROR_STOP=1", "-c", sql];
         let (cluster, pod) = (self.ns.cluster(), self.pod_name(ordinal));
         let output = exec(cluster, self.ns.name(), &pod, CONTAINER, &command).await?;
@@ -138,6 +151,44 @@ impl Postgres {
     pub async fn rows(&self, ordinal: u32) -> Result<Rows> {
         let sql = "SELECT count(*), coalesce(min(n), 0), coalesce(max(n), 0) FROM load";
         Rows::parse(&self.psql(ordinal, sql).await?)
+    }
+
+    /// The documented hooks, with a freeze that ends by itself after so many seconds.
+    ///
+    /// # Errors
+    /// When the page does not have them.
+    pub fn freeze_hooks(expires_seconds: u32) -> Result<Hooks> {
+        Hooks::documented("PostgreSQL")?.expiring_after(expires_seconds)
+    }
+
+    /// Whether the documented freeze is in force on one server: its session holds the lock against new tables,
+    /// which it takes with all others or not at all.
+    ///
+    /// # Errors
+    /// When psql fails. It needs no lock that a freeze holds.
+    pub async fn is_frozen(&self, ordinal: u32) -> Result<bool> {
+        self.is_true(ordinal, IS_FROZEN).await
+    }
+
+    /// Waits until a row of a [`WriteLoad`](super::WriteLoad) waits for a lock of the documented freeze: from
+    /// then to the thaw no row is committed.
+    ///
+    /// # Errors
+    /// When none does within half a minute, or psql fails.
+    pub async fn await_blocked_writer(&self, ordinal: u32) -> Result<()> {
+        self.await_true(ordinal, "a row waits for the freeze", WRITER_WAITS).await
+    }
+
+    /// Waits until a query answers `true`.
+    ///
+    /// # Errors
+    /// When it does not within half a minute, or psql fails.
+    pub async fn await_true(&self, ordinal: u32, what: &str, sql: &str) -> Result<()> {
+        until(what, async || self.is_true(ordinal, sql).await).await
+    }
+
+    async fn is_true(&self, ordinal: u32, sql: &str) -> Result<bool> {
+        Ok(self.psql(ordinal, sql).await? == "t")
     }
 
     fn service(&self) -> Result<Service> {

@@ -5,5 +5,6 @@
 mod clusters;
 mod conformance;
 mod faults;
+mod hooks;
 mod snapshots;
 mod topology;
