@@ -2,3 +2,5 @@
 //! snapshots and back.
 //!
 //! It may depend on `sts-backup-api`, never on the hub: the two meet only in the link protocol.
+
+pub mod hooks;

@@ -1,4 +1,10 @@
-//! What agent, hub and end-to-end tests share: the types of the Kubernetes objects they exchange and the
-//! pure meaning of those types. Nothing here does IO or asks a clock.
+//! What all parts of sts-backup share: the types of its API and their pure meaning.
+//!
+//! No IO happens here, and no clock is asked: time is always an argument.
 
+pub mod backup;
+pub mod conditions;
+pub mod names;
+pub mod points;
+pub mod run;
 pub mod snapshot;

@@ -1,0 +1,72 @@
+//! The conditions of our objects: their types, and how one is set.
+
+use jiff::Timestamp;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
+
+/// The spec can be used.
+pub const READY: &str = "Ready";
+/// A run is under way.
+pub const PROGRESSING: &str = "Progressing";
+/// The last finished run left a complete recovery point. Absent until a run has finished.
+pub const LAST_BACKUP_SUCCEEDED: &str = "LastBackupSucceeded";
+/// No pod is known to be frozen. Absent until a run has frozen any.
+pub const THAWED: &str = "Thawed";
+
+/// The longest message that the API server admits in a condition.
+const MAX_MESSAGE: usize = 32_768;
+
+/// Sets the condition of that type, or adds it. The time of the last transition changes only with the status,
+/// as <https://github.com/kubernetes/community/blob/master/contributors/devel/sig-architecture/api-conventions.md>
+/// asks.
+pub fn set(
+    conditions: &mut Vec<Condition>,
+    type_: &str,
+    (status, reason, message): (bool, &str, &str),
+    generation: Option<i64>,
+    now: Timestamp,
+) {
+    let status = if status { "True" } else { "False" };
+    let old = conditions.iter().position(|condition| condition.type_ == type_);
+    let last_transition_time = old
+        .map(|at| &conditions[at])
+        .filter(|old| old.status == status)
+        .map_or(Time(now), |old| old.last_transition_time.clone());
+    let condition = Condition {
+        type_: type_.to_owned(),
+        status: status.to_owned(),
+        reason: reason.to_owned(),
+        message: message[..message.floor_char_boundary(MAX_MESSAGE)].to_owned(),
+        observed_generation: generation,
+        last_transition_time,
+    };
+    match old {
+        Some(at) => conditions[at] = condition,
+        None => conditions.push(condition),
+    }
+}
+
+/// The condition of that type.
+#[must_use]
+pub fn find<'a>(conditions: &'a [Condition], type_: &str) -> Option<&'a Condition> {
+    conditions.iter().find(|condition| condition.type_ == type_)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_transition_time_changes_only_with_the_status() {
+        let at = |second| Timestamp::from_second(second).unwrap();
+        let mut conditions = Vec::new();
+        set(&mut conditions, READY, (true, "Usable", "one"), Some(1), at(1));
+        set(&mut conditions, READY, (true, "Usable", "two"), Some(2), at(2));
+        let ready = find(&conditions, READY).unwrap();
+        assert_eq!((ready.message.as_str(), &ready.last_transition_time), ("two", &Time(at(1))));
+
+        set(&mut conditions, READY, (false, "StatefulSetNotFound", "three"), Some(2), at(3));
+        let ready = find(&conditions, READY).unwrap();
+        assert_eq!((ready.status.as_str(), &ready.last_transition_time), ("False", &Time(at(3))));
+        assert_eq!(conditions.len(), 1);
+    }
+}

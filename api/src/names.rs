@@ -1,0 +1,109 @@
+//! Names, labels and annotations that this project writes, and who writes them.
+
+use sha2::{Digest, Sha256};
+
+use crate::run::RunId;
+
+/// The field manager of the agent's writes.
+pub const FIELD_MANAGER: &str = "sts-backup-agent";
+
+/// On a `StatefulSetBackup`: any new value asks for a run; a time is usual.
+pub const REQUESTED_AT_ANNOTATION: &str = "backup.sts-backup.io/requested-at";
+
+/// On a `StatefulSetBackup` while it has a run: its deletion waits for the thaw and the clean-up.
+pub const RUN_FINALIZER: &str = "backup.sts-backup.io/run";
+
+/// On a snapshot: the name of the `StatefulSetBackup`.
+pub const BACKUP_LABEL: &str = "backup.sts-backup.io/policy";
+
+/// On a snapshot: the namespace of the `StatefulSetBackup`.
+pub const BACKUP_NAMESPACE_LABEL: &str = "backup.sts-backup.io/backup-namespace";
+
+/// On a snapshot: the name of the `StatefulSet`.
+pub const STATEFUL_SET_LABEL: &str = "backup.sts-backup.io/statefulset";
+
+/// On a snapshot: the run that took it. The snapshots of one run are a recovery point.
+pub const RUN_LABEL: &str = "backup.sts-backup.io/run";
+
+/// On a snapshot: the claim that it is of.
+pub const CLAIM_ANNOTATION: &str = "backup.sts-backup.io/pvc";
+
+/// On a snapshot: the claim as JSON, for when the claim is gone.
+pub const CLAIM_MANIFEST_ANNOTATION: &str = "backup.sts-backup.io/pvc-manifest";
+
+/// On a snapshot: the claim's template in the `StatefulSet`.
+pub const TEMPLATE_ANNOTATION: &str = "backup.sts-backup.io/template";
+
+/// On a snapshot: the ordinal of the claim's replica.
+pub const ORDINAL_ANNOTATION: &str = "backup.sts-backup.io/ordinal";
+
+/// On a snapshot: what the run was due to, such as `creation`.
+pub const SLOT_ANNOTATION: &str = "backup.sts-backup.io/slot";
+
+/// On a snapshot: when the cut was ordered, by the agent's clock, RFC 3339.
+pub const TIME_ANNOTATION: &str = "backup.sts-backup.io/time";
+
+/// On a snapshot: a [`Consistency`](crate::run::Consistency).
+pub const CONSISTENCY_ANNOTATION: &str = "backup.sts-backup.io/consistency";
+
+/// On a snapshot: the replicas that the `StatefulSet` had.
+pub const REPLICAS_ANNOTATION: &str = "backup.sts-backup.io/replicas";
+
+/// On a snapshot: how many snapshots make the recovery point complete.
+pub const VOLUMES_ANNOTATION: &str = "backup.sts-backup.io/volumes";
+
+/// The longest name of an object (RFC 1123 subdomain).
+const MAX_NAME: usize = 253;
+
+/// The name of a run's snapshot of a claim: the same for every attempt to create it.
+///
+/// It ends with the run's id. A claim's name that would make it too long is cut, and followed by a part of its
+/// hash.
+#[must_use]
+pub fn snapshot_name(claim: &str, run: &RunId) -> String {
+    let name = format!("{claim}-{run}");
+    if name.len() <= MAX_NAME {
+        return name;
+    }
+    let tail = format!("-{}-{run}", short_hash(&[claim]));
+    let head = &claim[..claim.floor_char_boundary(MAX_NAME - tail.len())];
+    format!("{}{tail}", head.trim_end_matches(['-', '.']))
+}
+
+/// Eight hexadecimal digits of the SHA-256 of the parts, each ended by a zero byte, so that no two lists of
+/// parts mean the same.
+#[must_use]
+pub(crate) fn short_hash(parts: &[&str]) -> String {
+    let mut hasher = Sha256::new();
+    for part in parts {
+        hasher.update(part.as_bytes());
+        hasher.update([0]);
+    }
+    hex::encode(&hasher.finalize()[..4])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_snapshot_is_named_by_its_claim_and_run() {
+        let run = RunId::from("20260102-030405-0badcafe".to_owned());
+        assert_eq!(snapshot_name("data-db-0", &run), "data-db-0-20260102-030405-0badcafe");
+    }
+
+    #[test]
+    fn long_claim_names_give_different_legal_snapshot_names() {
+        let run = RunId::from("20260102-030405-0badcafe".to_owned());
+        let one = snapshot_name(&format!("{}-1", "x".repeat(251)), &run);
+        let two = snapshot_name(&format!("{}-2", "x".repeat(251)), &run);
+        assert_ne!(one, two);
+        assert!(one.len() <= MAX_NAME && two.len() <= MAX_NAME);
+        assert!(one.ends_with("-20260102-030405-0badcafe"));
+    }
+
+    #[test]
+    fn parts_do_not_run_into_each_other() {
+        assert_ne!(short_hash(&["ab", "c"]), short_hash(&["a", "bc"]));
+    }
+}
