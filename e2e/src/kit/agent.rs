@@ -195,6 +195,7 @@ impl Agent {
     }
 }
 
+/// The pod that holds the lease: the holder is its name and, after an underscore, what tells its processes apart.
 fn holder(lease: &Lease) -> Option<&str> {
-    lease.spec.as_ref()?.holder_identity.as_deref().filter(|holder| !holder.is_empty())
+    Some(lease.spec.as_ref()?.holder_identity.as_deref()?.rsplit_once('_')?.0)
 }

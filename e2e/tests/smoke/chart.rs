@@ -87,7 +87,7 @@ async fn unknown_values_are_refused_by_name() -> Result<()> {
 #[ignore = "needs helm: cargo e2e test"]
 async fn a_grace_that_is_too_short_to_thaw_pods_is_refused() -> Result<()> {
     let said = refusal(&json!({ "config": { "shutdown_seconds": 60 } })).await?;
-    ensure!(said.contains("must be longer than config.shutdown_seconds (60)"), "{said}");
+    ensure!(said.contains("must be at least 5 more than config.shutdown_seconds (60)"), "{said}");
     Ok(())
 }
 
