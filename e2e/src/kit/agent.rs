@@ -58,7 +58,7 @@ pub async fn alone(cluster: &Cluster) -> Result<Alone> {
 /// Installs the shared agent of this checkout in the first cluster, or upgrades it.
 ///
 /// # Errors
-/// When helm fails, or the agent does not become available.
+/// When helm fails, or the agent does not become available and lead.
 pub async fn ensure_shared(harness: &Harness) -> Result<()> {
     let name = cluster_name(1);
     let remedy = format!(
@@ -85,11 +85,11 @@ impl Agent {
         Self { cluster: cluster.clone(), namespace: NAMESPACE.to_owned() }
     }
 
-    /// Installs an agent in a test's namespace, with values over the chart's, and waits until it is available. It
+    /// Installs an agent in a test's namespace, with values over the chart's, and waits until one of its pods leads. It
     /// goes with the namespace, also what it has outside of it. The test is [`alone`] in the cluster.
     ///
     /// # Errors
-    /// When helm fails, or the agent does not become available.
+    /// When helm fails, or the agent does not become available and lead.
     pub async fn install(ns: &Namespace, values: &Value) -> Result<Self> {
         let agent = Self { cluster: ns.cluster().clone(), namespace: ns.name().to_owned() };
         // Not by helm: the release goes with the namespace, its kinds stay.
@@ -119,6 +119,9 @@ impl Agent {
         helm(Some(&self.cluster), &all, Some(values)).await?;
         await_condition(&self.deployments(), RELEASE, "rolled out", ROLLOUT_TIMEOUT, deployment_rolled_out)
             .await?;
+        // Those of before may have left without giving the lease away.
+        let pods = self.pods().await?;
+        self.await_lease("held by an agent that runs", |holder| pods.iter().any(|pod| pod == holder)).await?;
         Ok(())
     }
 
@@ -130,14 +133,15 @@ impl Agent {
         Api::namespaced(self.cluster.client(), &self.namespace)
     }
 
-    /// The names of its pods.
+    /// The names of its pods, without those that are ending.
     ///
     /// # Errors
     /// When they cannot be listed.
     pub async fn pods(&self) -> Result<Vec<String>> {
         let ours = ListParams::default().labels(&format!("app.kubernetes.io/instance={RELEASE}"));
         let pods = self.pods_api().list(&ours).await.context("list the agent's pods")?;
-        Ok(pods.iter().map(ResourceExt::name_any).collect())
+        let stay = pods.iter().filter(|pod| pod.metadata.deletion_timestamp.is_none());
+        Ok(stay.map(ResourceExt::name_any).collect())
     }
 
     /// The pod that leads, as the Lease says, once it is not `former`.
@@ -145,10 +149,14 @@ impl Agent {
     /// # Errors
     /// When there is none after a minute.
     pub async fn await_leader(&self, former: Option<&str>) -> Result<String> {
-        let leases: Api<Lease> = Api::namespaced(self.cluster.client(), &self.namespace);
         let what = format!("held by another than {former:?}");
-        let holds = |lease: &Lease| holder(lease).is_some_and(|holder| Some(holder) != former);
-        let lease = await_condition(&leases, RELEASE, &what, LEADER_TIMEOUT, holds).await?;
+        self.await_lease(&what, |holder| Some(holder) != former).await
+    }
+
+    async fn await_lease(&self, what: &str, wanted: impl Fn(&str) -> bool) -> Result<String> {
+        let leases: Api<Lease> = Api::namespaced(self.cluster.client(), &self.namespace);
+        let held = |lease: &Lease| holder(lease).is_some_and(&wanted);
+        let lease = await_condition(&leases, RELEASE, what, LEADER_TIMEOUT, held).await?;
         Ok(holder(&lease).context("the lease is held")?.to_owned())
     }
 

@@ -86,8 +86,10 @@ impl LocalAgent {
         // The kernel gives a free port, and does not give it again soon.
         let address = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?;
 
-        let mut command = Command::new(Paths::find()?.program("sts-backup-agent"));
-        command.arg("run").env("KUBECONFIG", kubeconfig);
+        // It must not outlive a test that is killed: it would go on in the cluster, with nobody to be alone with.
+        let mut command = Command::new("setpriv");
+        command.arg("--pdeathsig=KILL").arg(Paths::find()?.program("sts-backup-agent")).arg("run");
+        command.env("KUBECONFIG", kubeconfig);
         command.env("STSB_LISTEN", address.to_string());
         command.env("STSB_NAMESPACE", ns.name()).env("STSB_IDENTITY", identity);
         command.envs(environment.iter().map(|(name, value)| (name, value)));

@@ -6,9 +6,10 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use k8s_openapi::api::authorization::v1::{ResourceAttributes, SubjectAccessReview, SubjectAccessReviewSpec};
+use k8s_openapi::api::core::v1::Namespace;
 use k8s_openapi::api::rbac::v1::ClusterRole;
 use kube::Api;
-use kube::api::PostParams;
+use kube::api::{Patch, PatchParams, PostParams};
 use serde_json::json;
 use sts_backup_e2e::condition::await_condition;
 use sts_backup_e2e::kit::agent::{self, Agent, alone};
@@ -88,10 +89,15 @@ async fn whoever_may_view_or_edit_in_a_namespace_may_do_so_with_backups() -> Res
 
 #[tokio::test]
 #[ignore = "needs clusters: cargo e2e test"]
-async fn another_pod_leads_when_the_leader_is_killed_or_deleted() -> Result<()> {
+async fn in_a_restricted_namespace_another_pod_leads_when_the_leader_is_killed_or_deleted() -> Result<()> {
     let cluster = Cluster::connect("stsb-e2e-2").await?;
     let _alone = alone(&cluster).await?;
     with_temp_namespace(&cluster, "agent", async |ns| {
+        let namespaces: Api<Namespace> = Api::all(cluster.client());
+        let restricted = json!({ "pod-security.kubernetes.io/enforce": "restricted" });
+        let restricted = Patch::Merge(json!({ "metadata": { "labels": restricted } }));
+        namespaces.patch(ns.name(), &PatchParams::default(), &restricted).await?;
+
         let lease = json!({ "duration_seconds": 3, "renew_deadline_seconds": 2, "retry_seconds": 1 });
         let agent = Agent::install(ns, &json!({ "config": { "lease": lease } })).await?;
         let first = agent.await_leader(None).await?;
