@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use k8s_openapi::api::authorization::v1::{ResourceAttributes, SubjectAccessReview, SubjectAccessReviewSpec};
+use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::Namespace;
 use k8s_openapi::api::rbac::v1::ClusterRole;
 use kube::Api;
@@ -14,6 +15,7 @@ use serde_json::json;
 use sts_backup_e2e::condition::await_condition;
 use sts_backup_e2e::kit::agent::{self, Agent, alone};
 use sts_backup_e2e::kit::local_agent::{LocalAgent, LocalAgentConfig};
+use sts_backup_e2e::kit::proxy::ApiProxy;
 use sts_backup_e2e::kit::{Cluster, with_temp_namespace};
 
 const TIMEOUT: Duration = Duration::from_mins(1);
@@ -128,6 +130,26 @@ async fn a_local_agent_can_be_paused_resumed_ended_and_killed() -> Result<()> {
         let agent = LocalAgent::start(&LocalAgentConfig::new(ns, "two")).await?;
         let status = agent.kill().await?;
         ensure!(status.signal() == Some(9), "it ended with {status}");
+        Ok(())
+    })
+    .await
+}
+
+#[tokio::test]
+#[ignore = "needs clusters: cargo e2e test"]
+async fn a_local_agent_leads_once_its_proxy_lets_it_reach_the_api_server() -> Result<()> {
+    let cluster = Cluster::connect("stsb-e2e-2").await?;
+    let _alone = alone(&cluster).await?;
+    with_temp_namespace(&cluster, "agent", async |ns| {
+        let proxy = ApiProxy::start(&cluster).await?;
+        let fault = proxy.fail(|_, _| Some(500));
+        let config = LocalAgentConfig::new(ns, "one").kubeconfig(proxy.kubeconfig());
+        let _agent = LocalAgent::start(&config).await?;
+        fault.await_hits(2).await;
+        let leases: Api<Lease> = ns.api();
+        ensure!(leases.get_opt(agent::RELEASE).await?.is_none(), "it reached the API server all the same");
+        drop(fault);
+        await_condition(&leases, agent::RELEASE, "there", TIMEOUT, |_| true).await?;
         Ok(())
     })
     .await
