@@ -2,5 +2,24 @@
 //! snapshots and back.
 //!
 //! It may depend on `sts-backup-api`, never on the hub: the two meet only in the link protocol.
+//!
+//! [`app`] puts the parts together: [`config`] is what the agent is told, [`telemetry`] how it logs, [`metrics`]
+//! what it shows over HTTP, [`lease`] which replica acts, and [`clock`] the only place that asks for the time.
+//! `backup` is the controller of backups, [`hooks`] runs commands in pods for it.
 
+/// Names a boundary between two steps. With the feature `failpoints` the process ends there, as by SIGKILL, when
+/// the environment says `FAILPOINTS=<name>=return`; without it this is nothing.
+macro_rules! crash_point {
+    ($name:literal) => {
+        fail::fail_point!($name, |_| std::process::abort())
+    };
+}
+
+pub mod app;
+mod backup;
+pub mod clock;
+pub mod config;
 pub mod hooks;
+pub mod lease;
+pub mod metrics;
+pub mod telemetry;

@@ -208,9 +208,10 @@ pub struct Hook {
     #[serde(default = "default_hook_timeout_seconds")]
     #[schemars(range(min = 1, max = 3600))]
     pub timeout_seconds: i64,
-    /// What a failure means. Fail: a failed preBackupHook ends the run before anything is snapshotted, a failed
-    /// postBackupHook is repeated until it succeeds. Continue: a failed preBackupHook lowers the consistency of
-    /// the recovery point, a failed postBackupHook is not repeated.
+    /// What a failure means. Fail: a failed preBackupHook ends the run before anything is snapshotted; a failed
+    /// postBackupHook is repeated until it succeeds, in pods where a preBackupHook may have started. Continue: a
+    /// failed preBackupHook lowers the consistency of the recovery point; a failed postBackupHook is not
+    /// repeated.
     #[serde(default)]
     pub on_error: OnError,
     /// The pods to run in: all of them, or the one with the lowest ordinal.

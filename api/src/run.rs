@@ -194,9 +194,14 @@ pub struct RunPod {
     pub name: String,
     /// Its uid: a pod that was replaced is not frozen.
     pub uid: String,
-    /// The container that the preBackupHook runs in; absent: it does not run in this pod.
+    /// The container that the preBackupHook runs in; absent: it does not run, or certainly did not start, in
+    /// this pod.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub freeze_container: Option<String>,
+    /// Until when its preBackupHook may still be running, as its end was not seen: a thaw before that time is
+    /// followed by another one after it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub freeze_may_run_until: Option<MicroTime>,
     /// What is owed to it; absent: no postBackupHook runs in this pod.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub thaw: Option<ThawDuty>,

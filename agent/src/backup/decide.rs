@@ -1,0 +1,410 @@
+//! Decides the next step of a backup from the facts and the time. Pure: no client, no clock.
+//!
+//! What is decided about a run is written to its status before it is done, or is harmless to repeat: so a crash
+//! at any point leaves a status from which the same decisions follow. Two invariants hold after every step: a pod
+//! in which a preBackupHook may have started is owed a thaw until it had one or is gone, and a preBackupHook is
+//! never started by a second frozen section of the same run.
+
+use std::time::Duration;
+
+use jiff::{SignedDuration, Timestamp};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime;
+use sts_backup_api::backup::OnError;
+use sts_backup_api::points::{is_cut, is_ready};
+use sts_backup_api::run::{
+    CurrentRun, Failure, RunId, RunPod, RunRecord, RunResult, RunStep, Slot, SnapshotState, ThawState,
+    request_key,
+};
+
+use super::observe::{BackupFacts, Target};
+use super::preflight::{Problem, plan};
+use crate::hooks::Outcome;
+
+/// How long a run waits for a `StatefulSet` that is still starting, as when both were created together.
+const PATIENCE: Duration = Duration::from_mins(5);
+
+/// How often a run is begun for one occasion when it is interrupted each time.
+const MAX_ATTEMPTS: i32 = 3;
+
+/// The longest wait before a failed thaw is tried again.
+const MAX_THAW_PAUSE: Duration = Duration::from_secs(30);
+
+/// Reasons of failures that decisions look at.
+pub(super) const INTERRUPTED: &str = "Interrupted";
+pub(super) const NAMESPACE_NOT_GRANTED: &str = "NamespaceNotGranted";
+pub(super) const STATEFUL_SET_NOT_FOUND: &str = "StatefulSetNotFound";
+const DELETED: &str = "Deleted";
+
+/// What to do next.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) enum BackupStep {
+    /// Hold the object until its run is over.
+    AddFinalizer,
+    /// Let the object go.
+    RemoveFinalizer,
+    /// Write down a run that is due; nothing is touched yet.
+    Begin(CurrentRun),
+    /// Write down what is owed to the pods, then freeze, cut and thaw.
+    Freeze(CurrentRun),
+    /// Write down how far the run is.
+    Record(CurrentRun),
+    /// Run the postBackupHook in these of the run's pods.
+    Thaw(Vec<usize>),
+    /// Delete these snapshots, then move the failed run to the history.
+    CleanUp { doomed: Vec<String>, record: RunRecord },
+    /// Move the run to the history.
+    Finish(RunRecord),
+    /// End the frozen section early: it thaws.
+    Cancel,
+    /// Nothing can be done before something happens, or before that time.
+    Wait { why: Wait, until: Option<Timestamp> },
+    /// No run is due.
+    Idle(Idle),
+}
+
+/// What a run waits for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Wait {
+    /// The frozen section is under way.
+    Section,
+    /// The `StatefulSet` is starting.
+    StatefulSet { missing: String },
+    /// A thaw failed, or must be repeated.
+    Thaw,
+    /// Snapshots are becoming ready.
+    Snapshots,
+}
+
+/// Why no run is due.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Idle {
+    NothingDue,
+    NotGranted,
+    NoStatefulSet,
+}
+
+/// The next step of a backup.
+pub(super) fn next_backup_step(facts: &BackupFacts, now: Timestamp) -> BackupStep {
+    if facts.in_section {
+        return if facts.deleting {
+            BackupStep::Cancel
+        } else {
+            BackupStep::Wait { why: Wait::Section, until: None }
+        };
+    }
+    let Some(run) = &facts.status.current_run else { return without_run(facts, now) };
+    match run.step {
+        RunStep::Preflight => after_preflight(facts, run, now),
+        RunStep::Frozen => after_interruption(facts, run, now),
+        RunStep::Thawing => next_thaw(run, now),
+        RunStep::Readying => until_ready(facts, run, now),
+        RunStep::CleaningUp => clean_up(facts, run, now),
+    }
+}
+
+fn without_run(facts: &BackupFacts, now: Timestamp) -> BackupStep {
+    let idle = |why| if facts.has_finalizer { BackupStep::RemoveFinalizer } else { BackupStep::Idle(why) };
+    if facts.deleting {
+        return idle(Idle::NothingDue);
+    }
+    match facts.target {
+        Target::Elsewhere => return idle(Idle::NotGranted),
+        Target::Missing => return idle(Idle::NoStatefulSet),
+        Target::Unread | Target::Exists | Target::Read(_) => {}
+    }
+    match due_slot(facts) {
+        None => idle(Idle::NothingDue),
+        Some(_) if !facts.has_finalizer => BackupStep::AddFinalizer,
+        Some(slot) => BackupStep::Begin(new_run(&facts.uid, slot, now)),
+    }
+}
+
+/// The occasion that a run is due to. A request on a new object also counts as the run at its creation.
+fn due_slot(facts: &BackupFacts) -> Option<Slot> {
+    let status = &facts.status;
+    if let Some(request) = &facts.request
+        && status.last_request != Some(request_key(request))
+    {
+        return Some(Slot::request(request));
+    }
+    match status.history.first() {
+        // The original wrote this time for its own run at creation.
+        None if status.last_backup_time.is_some() => None,
+        None => Some(Slot::creation(facts.created)),
+        Some(last) if last.reason == INTERRUPTED && last.slot.attempt < MAX_ATTEMPTS => {
+            Some(Slot { attempt: last.slot.attempt + 1, ..last.slot.clone() })
+        }
+        Some(_) => None,
+    }
+}
+
+fn new_run(uid: &str, slot: Slot, now: Timestamp) -> CurrentRun {
+    CurrentRun {
+        id: RunId::new(uid, &slot),
+        slot,
+        started: MicroTime(now),
+        step: RunStep::Preflight,
+        replicas: 0,
+        volumes: Vec::new(),
+        left_out: Vec::new(),
+        pods: Vec::new(),
+        thaw_hook: None,
+        frozen_since: None,
+        cut_at: None,
+        freeze_ms: None,
+        cut_skew_ms: None,
+        failure: None,
+    }
+}
+
+fn after_preflight(facts: &BackupFacts, run: &CurrentRun, now: Timestamp) -> BackupStep {
+    if facts.deleting {
+        return fail(run, DELETED, "the StatefulSetBackup was deleted");
+    }
+    let target = match &facts.target {
+        Target::Read(target) => target,
+        Target::Elsewhere | Target::Missing | Target::Unread | Target::Exists => {
+            let message =
+                format!("StatefulSet {} does not exist: nothing was snapshotted", facts.target_name());
+            return fail(run, STATEFUL_SET_NOT_FOUND, &message);
+        }
+    };
+    let problems = match plan(run, &facts.spec, &facts.spec.stateful_set_ref.name, target, now) {
+        Ok(planned) => return BackupStep::Freeze(planned),
+        Err(problems) => problems,
+    };
+    let deadline = later(run.started.0, PATIENCE);
+    if !target.settled && now < deadline && problems.iter().all(|problem| problem.kind.may_heal()) {
+        return BackupStep::Wait {
+            why: Wait::StatefulSet { missing: said(&problems) },
+            until: Some(deadline),
+        };
+    }
+    let reason = problems.first().map_or_else(String::new, |problem| problem.kind.to_string());
+    fail(run, &reason, &format!("nothing was frozen or snapshotted: {}", said(&problems)))
+}
+
+fn said(problems: &[Problem]) -> String {
+    problems.iter().map(|problem| problem.message.as_str()).collect::<Vec<_>>().join("; ")
+}
+
+/// The frozen section of this run was begun, and this process does not run it: its process died, or stopped.
+fn after_interruption(facts: &BackupFacts, run: &CurrentRun, now: Timestamp) -> BackupStep {
+    let may_be_frozen = run.pods.iter().any(|pod| pod.freeze_container.is_some());
+    if !may_be_frozen && !facts.deleting {
+        // Nothing was frozen, and every cut has its name: going on is no second attempt.
+        return BackupStep::Freeze(run.clone());
+    }
+    // Once thawed, nobody can tell a cut before the thaw from one after it. So the verdict is written first.
+    let mut run = with_snapshot_states(facts, run);
+    let in_time =
+        run.frozen_since.as_ref().is_some_and(|since| now <= later(since.0, facts.spec.max_freeze()));
+    if in_time && run.volumes.iter().all(|volume| volume.state != SnapshotState::Pending) {
+        run.cut_at = Some(MicroTime(now));
+        run.freeze_ms = run.frozen_since.as_ref().map(|since| milliseconds(since.0, now));
+        return BackupStep::Record(CurrentRun { step: RunStep::Thawing, ..run });
+    }
+    for volume in &mut run.volumes {
+        volume.state = SnapshotState::Pending;
+    }
+    let (reason, message) = if facts.deleting {
+        (DELETED, "the StatefulSetBackup was deleted during the freeze")
+    } else {
+        (INTERRUPTED, "the agent was stopped during the freeze")
+    };
+    fail(&run, reason, message)
+}
+
+fn next_thaw(run: &CurrentRun, now: Timestamp) -> BackupStep {
+    let owed = |pod: &RunPod| pod.thaw.as_ref().filter(|thaw| thaw.state == ThawState::Owed).cloned();
+    let owed: Vec<_> = run.pods.iter().enumerate().filter_map(|(at, pod)| Some((at, owed(pod)?))).collect();
+    let is_due = |not_before: &Option<MicroTime>| not_before.as_ref().is_none_or(|time| time.0 <= now);
+    let due: Vec<_> = owed.iter().filter(|(_, thaw)| is_due(&thaw.not_before)).map(|(at, _)| *at).collect();
+    if !due.is_empty() {
+        return BackupStep::Thaw(due);
+    }
+    if let Some(until) = owed.iter().filter_map(|(_, thaw)| Some(thaw.not_before.as_ref()?.0)).min() {
+        return BackupStep::Wait { why: Wait::Thaw, until: Some(until) };
+    }
+    let step = if run.failure.is_some() { RunStep::CleaningUp } else { RunStep::Readying };
+    BackupStep::Record(CurrentRun { step, ..run.clone() })
+}
+
+fn until_ready(facts: &BackupFacts, run: &CurrentRun, now: Timestamp) -> BackupStep {
+    let run = with_snapshot_states(facts, run);
+    let snapshots = facts.snapshots_of(&run.id);
+    let is_gone =
+        |name: &str| snapshots.get(name).is_none_or(|found| found.metadata.deletion_timestamp.is_some());
+    let gone: Vec<_> =
+        run.volumes.iter().map(|volume| volume.snapshot.as_str()).filter(|name| is_gone(name)).collect();
+    if !gone.is_empty() {
+        let message = format!("VolumeSnapshot {} was deleted before it was ready", gone.join(", "));
+        return fail(&run, "SnapshotDeleted", &message);
+    }
+    let unready: Vec<_> = run.volumes.iter().filter(|volume| volume.state != SnapshotState::Ready).collect();
+    if unready.is_empty() {
+        return BackupStep::Finish(success(&run, now));
+    }
+    if facts.deleting {
+        return fail(&run, DELETED, "the StatefulSetBackup was deleted before all snapshots were ready");
+    }
+    let cut_at = run.cut_at.as_ref().unwrap_or(&run.started).0;
+    let deadline = later(cut_at, facts.spec.snapshot_timeout());
+    if now < deadline {
+        let unchanged = facts.status.current_run.as_ref() == Some(&run);
+        return if unchanged {
+            BackupStep::Wait { why: Wait::Snapshots, until: Some(deadline) }
+        } else {
+            BackupStep::Record(run)
+        };
+    }
+    let told = unready.iter().map(|volume| {
+        let status = snapshots.get(volume.snapshot.as_str()).and_then(|snapshot| snapshot.status.as_ref());
+        let error = status.and_then(|status| status.error.as_ref()?.message.as_deref());
+        format!("{}: {}", volume.snapshot, error.unwrap_or("no error reported"))
+    });
+    let message = format!(
+        "not ready within snapshotTimeoutSeconds ({}): {}",
+        facts.spec.snapshot_timeout_seconds,
+        told.collect::<Vec<_>>().join("; ")
+    );
+    fail(&run, "SnapshotNotReady", &message)
+}
+
+/// Removes what would never become a part of a recovery point: unready snapshots hold their claims, and one that
+/// was not known to be cut in time must not complete the point later.
+fn clean_up(facts: &BackupFacts, run: &CurrentRun, now: Timestamp) -> BackupStep {
+    let snapshots = facts.snapshots_of(&run.id);
+    let is_doomed = |name: &str, state| {
+        state == SnapshotState::Pending || snapshots.get(name).is_some_and(|snapshot| !is_ready(snapshot))
+    };
+    // Nothing was created before the frozen section.
+    let volumes = run.volumes.iter().filter(|_| run.frozen_since.is_some());
+    let doomed = volumes.filter(|volume| is_doomed(&volume.snapshot, volume.state));
+    BackupStep::CleanUp {
+        doomed: doomed.map(|volume| volume.snapshot.clone()).collect(),
+        record: failed(run, now),
+    }
+}
+
+/// The run is going to fail: first what is owed to pods, then the clean-up.
+pub(super) fn failing(run: &CurrentRun, reason: &str, message: &str) -> CurrentRun {
+    let failure = Failure { reason: reason.to_owned(), message: message.to_owned() };
+    let owed = run.pods.iter().filter_map(|pod| pod.thaw.as_ref()).any(|thaw| thaw.state == ThawState::Owed);
+    let step = if owed && run.step != RunStep::Preflight { RunStep::Thawing } else { RunStep::CleaningUp };
+    CurrentRun { step, failure: Some(failure), ..run.clone() }
+}
+
+fn fail(run: &CurrentRun, reason: &str, message: &str) -> BackupStep {
+    BackupStep::Record(failing(run, reason, message))
+}
+
+/// The run with its snapshots' states as they are. A state never goes back.
+pub(super) fn with_snapshot_states(facts: &BackupFacts, run: &CurrentRun) -> CurrentRun {
+    let snapshots = facts.snapshots_of(&run.id);
+    let mut run = run.clone();
+    for volume in &mut run.volumes {
+        if let Some(snapshot) = snapshots.get(volume.snapshot.as_str()) {
+            volume.state = match volume.state {
+                SnapshotState::Pending | SnapshotState::Cut if is_ready(snapshot) => SnapshotState::Ready,
+                SnapshotState::Pending if is_cut(snapshot) => SnapshotState::Cut,
+                state @ (SnapshotState::Pending | SnapshotState::Cut | SnapshotState::Ready) => state,
+            };
+        }
+    }
+    run
+}
+
+/// What is known of an attempt to thaw a pod.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum ThawAttempt {
+    /// The hook was run.
+    Ran(Outcome),
+    /// The pod is gone, or was replaced.
+    PodGone,
+}
+
+/// The pod after an attempt to thaw it.
+pub(super) fn after_thaw(pod: &RunPod, attempt: &ThawAttempt, on_error: OnError, now: Timestamp) -> RunPod {
+    let mut pod = pod.clone();
+    let Some(thaw) = &mut pod.thaw else { return pod };
+    let failure = match attempt {
+        ThawAttempt::PodGone => {
+            thaw.state = ThawState::Gone;
+            None
+        }
+        ThawAttempt::Ran(Outcome::Succeeded) => {
+            thaw.not_before = pod.freeze_may_run_until.take_if(|until| now < until.0);
+            thaw.state = if thaw.not_before.is_some() { ThawState::Owed } else { ThawState::Thawed };
+            None
+        }
+        ThawAttempt::Ran(Outcome::Failed { reason }) if on_error == OnError::Continue => {
+            thaw.state = ThawState::GivenUp;
+            Some(reason)
+        }
+        // The hook is no thaw here: nothing was frozen.
+        ThawAttempt::Ran(Outcome::Failed { reason } | Outcome::NotStarted { reason })
+            if pod.freeze_container.is_none() =>
+        {
+            thaw.state = ThawState::GivenUp;
+            Some(reason)
+        }
+        ThawAttempt::Ran(
+            Outcome::Failed { reason } | Outcome::NotStarted { reason } | Outcome::Unknown { reason },
+        ) => {
+            let pause =
+                Duration::from_millis(500) * 2_u32.saturating_pow(thaw.failures.clamp(0, 10).unsigned_abs());
+            thaw.not_before = Some(MicroTime(later(now, pause.min(MAX_THAW_PAUSE))));
+            Some(reason)
+        }
+    };
+    thaw.failures = if failure.is_some() { thaw.failures.saturating_add(1) } else { 0 };
+    thaw.message = failure.cloned();
+    pod
+}
+
+fn success(run: &CurrentRun, now: Timestamp) -> RunRecord {
+    let (expected, left_out) = (run.volumes.len() + run.left_out.len(), run.left_out.join("; "));
+    let count = format!("{}/{expected} volumes", run.volumes.len());
+    if run.left_out.is_empty() {
+        record(run, now, RunResult::Completed, "Completed", count)
+    } else {
+        record(
+            run,
+            now,
+            RunResult::PartiallyFailed,
+            "ClaimsLeftOut",
+            format!("{count}; left out: {left_out}"),
+        )
+    }
+}
+
+fn failed(run: &CurrentRun, now: Timestamp) -> RunRecord {
+    let unknown = Failure { reason: INTERRUPTED.to_owned(), message: "the run was interrupted".to_owned() };
+    let Failure { reason, message } = run.failure.clone().unwrap_or(unknown);
+    record(run, now, RunResult::Failed, &reason, message)
+}
+
+fn record(run: &CurrentRun, now: Timestamp, result: RunResult, reason: &str, message: String) -> RunRecord {
+    RunRecord {
+        id: run.id.clone(),
+        slot: run.slot.clone(),
+        started: run.started.clone(),
+        duration_ms: milliseconds(run.started.0, now),
+        freeze_ms: run.freeze_ms,
+        cut_skew_ms: run.cut_skew_ms,
+        result,
+        reason: reason.to_owned(),
+        message,
+    }
+}
+
+/// A moment so much later; what lies beyond all time is the end of time.
+pub(super) fn later(time: Timestamp, by: Duration) -> Timestamp {
+    SignedDuration::try_from(by).ok().and_then(|by| time.checked_add(by).ok()).unwrap_or(Timestamp::MAX)
+}
+
+/// From one moment to the next in milliseconds; 0 when the clock was set back.
+pub(super) fn milliseconds(from: Timestamp, to: Timestamp) -> i64 {
+    i64::try_from(to.duration_since(from).as_millis()).unwrap_or(i64::MAX).max(0)
+}
