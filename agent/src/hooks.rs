@@ -4,7 +4,7 @@
 //! It decides nothing about freezing and thawing, and never retries: whoever calls must know whether the
 //! command may have run. A command and its output can hold secrets, so no part of either is logged, stored or
 //! put in a reason, and neither are the words of the API server and of the container runtime, which may quote
-//! the command. [`LOG_DIRECTIVE`] keeps kube from logging it.
+//! the command. The filter of `telemetry` keeps kube from logging it.
 
 use std::error::Error as _;
 use std::fmt;
@@ -16,10 +16,6 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::Status;
 use kube::api::AttachParams;
 use kube::{Api, Client, ResourceExt};
 use tokio::io::{AsyncRead, sink};
-
-/// Must end every log filter of the agent: kube opens a debug span for each request with the URL, which for a
-/// hook has the command in it. Its task is not ours, so only the filter keeps that out of the log.
-pub const LOG_DIRECTIVE: &str = "kube_client::client::builder=info";
 
 /// Names the container that `kubectl` takes when none is named:
 /// <https://kubernetes.io/docs/reference/labels-annotations-taints/#kubectl-kubernetes-io-default-container>

@@ -11,7 +11,9 @@ use tracing_subscriber::filter::ParseError;
 
 use crate::config::LogFormat;
 
-/// kube's client logs every failed request as ERROR, also those that are retried; who handles the failure logs it.
+/// Silences kube's client, whatever else is logged. It logs every failed request as ERROR, also those that are
+/// retried, while who handles the failure logs it; and its span has the URL, which for a hook holds the command, and
+/// so perhaps a secret.
 const QUIET: &str = "kube_client::client::builder=off";
 
 /// The log could not be set up.
@@ -30,7 +32,7 @@ pub enum TelemetryError {
 /// # Errors
 /// If the directives do not parse.
 pub fn filter(directives: &str) -> Result<EnvFilter, ParseError> {
-    EnvFilter::try_new(format!("{QUIET},{directives}"))
+    EnvFilter::try_new(format!("{directives},{QUIET}"))
 }
 
 /// Sends what is traced from now on to stderr.

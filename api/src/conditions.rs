@@ -12,6 +12,15 @@ pub const LAST_BACKUP_SUCCEEDED: &str = "LastBackupSucceeded";
 /// No pod is known to be frozen. Absent until a run has frozen any.
 pub const THAWED: &str = "Thawed";
 
+/// A reason: the `StatefulSet` is in a namespace that does not let this one in.
+pub const NAMESPACE_NOT_GRANTED: &str = "NamespaceNotGranted";
+/// A reason: the `StatefulSet` does not exist.
+pub const STATEFUL_SET_NOT_FOUND: &str = "StatefulSetNotFound";
+/// A reason: the agent that ran the hooks was stopped, or died.
+pub const INTERRUPTED: &str = "Interrupted";
+/// A reason: the object was deleted.
+pub const DELETED: &str = "Deleted";
+
 /// The longest message that the API server admits in a condition.
 const MAX_MESSAGE: usize = 32_768;
 

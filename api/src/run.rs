@@ -12,6 +12,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::backup::Hook;
+use crate::conditions::INTERRUPTED;
 use crate::names::short_hash;
 
 /// Names a run, and the recovery point that it makes: a label value, and the end of its snapshots' names.
@@ -273,6 +274,17 @@ pub struct RunRecord {
     pub reason: String,
     /// For people.
     pub message: String,
+}
+
+impl RunRecord {
+    /// The run that follows this one by itself: after an interruption the same occasion is tried again, three times
+    /// in all.
+    #[must_use]
+    pub fn next_attempt(&self) -> Option<Slot> {
+        const MAX_ATTEMPTS: i32 = 3;
+        let attempt = self.slot.attempt + 1;
+        (self.reason == INTERRUPTED && attempt <= MAX_ATTEMPTS).then(|| Slot { attempt, ..self.slot.clone() })
+    }
 }
 
 /// How a run ended.

@@ -200,6 +200,18 @@ pub fn deployment_available(deployment: &Deployment) -> bool {
     })
 }
 
+/// The controller has seen the current spec, and all its pods are of that spec and available.
+#[must_use]
+pub fn deployment_rolled_out(deployment: &Deployment) -> bool {
+    let wanted = deployment.spec.as_ref().and_then(|spec| spec.replicas);
+    deployment.status.as_ref().is_some_and(|status| {
+        status.observed_generation == deployment.metadata.generation
+            && status.updated_replicas.unwrap_or(0) == wanted.unwrap_or(1)
+            && status.available_replicas.unwrap_or(0) == wanted.unwrap_or(1)
+            && status.replicas.unwrap_or(0) == wanted.unwrap_or(1)
+    })
+}
+
 /// The controller has seen the current spec, and every node that should have the pod runs the newest, ready.
 #[must_use]
 pub fn daemonset_ready(set: &DaemonSet) -> bool {

@@ -1,9 +1,10 @@
 //! Real clusters and what tests need on them: the [`harness`] that makes clusters, the test [`csi`] driver
-//! that runs in them, and the test [`kit`]. Harness and kit share how to reach a cluster ([`kubeconfig`]) and
+//! that runs in them, the test [`kit`], and [`dev`] for those who change the product. Harness and kit share how to reach a cluster ([`kubeconfig`]) and
 //! how to wait for its states ([`condition`]).
 
 pub mod condition;
 pub mod csi;
+pub mod dev;
 pub mod harness;
 pub mod kit;
 pub mod kubeconfig;

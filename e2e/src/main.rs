@@ -5,7 +5,9 @@ use std::process::{ExitCode, Stdio};
 
 use anyhow::{Context, Result, bail};
 use clap::{Parser, Subcommand, ValueEnum};
+use sts_backup_e2e::dev;
 use sts_backup_e2e::harness::{Harness, clusters, machine};
+use sts_backup_e2e::kit::agent;
 
 /// Makes real Kubernetes clusters and tests sts-backup on them.
 #[derive(Parser)]
@@ -51,6 +53,24 @@ enum Command {
     },
     /// Find, pull or build the node image, and print its name
     NodeImage,
+    /// Run a part of the product from the working tree
+    Dev {
+        #[command(subcommand)]
+        part: Part,
+    },
+}
+
+#[derive(Subcommand)]
+enum Part {
+    /// The agent, in place of the one in a cluster
+    Agent {
+        /// The cluster's name, or its number
+        #[arg(long, default_value = "1")]
+        cluster: String,
+        /// What `sts-backup-agent run` gets
+        #[arg(last = true)]
+        arguments: Vec<String>,
+    },
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -84,7 +104,7 @@ async fn run(command: Command) -> Result<ExitCode> {
         Command::Up { clusters: count } => {
             let harness = Harness::open()?;
             let _lock = harness.lock()?;
-            for name in clusters::up(&harness, count).await? {
+            for name in up(&harness, count).await? {
                 println!("{name}\t{}", harness.paths.kubeconfig(&name).display());
             }
             Ok(ExitCode::SUCCESS)
@@ -94,7 +114,7 @@ async fn run(command: Command) -> Result<ExitCode> {
             Ok(ExitCode::SUCCESS)
         }
         Command::Kubeconfig { cluster } => {
-            let name = cluster.parse().map_or(cluster, clusters::cluster_name);
+            let name = cluster_name(cluster);
             let path = Harness::open()?.paths.kubeconfig(&name);
             if !path.exists() {
                 bail!("there is no cluster {name}: run cargo e2e up, and see cargo e2e status");
@@ -106,7 +126,7 @@ async fn run(command: Command) -> Result<ExitCode> {
             let harness = Harness::open()?;
             {
                 let _lock = harness.lock()?;
-                clusters::up(&harness, TEST_CLUSTERS).await?;
+                up(&harness, TEST_CLUSTERS).await?;
             }
             test(tier, filter.as_deref()).await
         }
@@ -122,7 +142,23 @@ async fn run(command: Command) -> Result<ExitCode> {
             println!("{}", clusters::make_node_image(&harness).await?);
             Ok(ExitCode::SUCCESS)
         }
+        Command::Dev { part: Part::Agent { cluster, arguments } } => {
+            let status = dev::run_agent(&cluster_name(cluster), &arguments).await?;
+            Ok(if status.success() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+        }
     }
+}
+
+/// A cluster as a person names it: by its name, or its number.
+fn cluster_name(cluster: String) -> String {
+    cluster.parse().map_or(cluster, clusters::cluster_name)
+}
+
+/// The clusters, with the agent that tests share.
+async fn up(harness: &Harness, count: usize) -> Result<Vec<String>> {
+    let names = clusters::up(harness, count).await?;
+    agent::ensure_shared(harness).await?;
+    Ok(names)
 }
 
 /// Runs the tests by cargo. A tier is a set of this crate's test targets, whose tests a plain `cargo test`

@@ -10,6 +10,7 @@ use std::time::Duration;
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime;
 use sts_backup_api::backup::OnError;
+use sts_backup_api::conditions::{DELETED, INTERRUPTED, STATEFUL_SET_NOT_FOUND};
 use sts_backup_api::points::{is_cut, is_ready};
 use sts_backup_api::run::{
     CurrentRun, Failure, RunId, RunPod, RunRecord, RunResult, RunStep, RunVolume, Slot, SnapshotState,
@@ -23,21 +24,12 @@ use crate::hooks::Outcome;
 /// How long a run waits for a `StatefulSet` that is still starting, as when both were created together.
 const PATIENCE: Duration = Duration::from_mins(5);
 
-/// How often a run is begun for one occasion when it is interrupted each time.
-const MAX_ATTEMPTS: i32 = 3;
-
 /// The longest wait before a failed thaw is tried again.
 const MAX_THAW_PAUSE: Duration = Duration::from_secs(30);
 
 /// How long after its record a frozen section may start its hooks. A later one starts none: so whoever finds the
 /// record knows by when every hook has run into its timeout.
 pub(super) const START_WITHIN: Duration = Duration::from_secs(5);
-
-/// Reasons of failures that decisions look at.
-pub(super) const INTERRUPTED: &str = "Interrupted";
-pub(super) const NAMESPACE_NOT_GRANTED: &str = "NamespaceNotGranted";
-pub(super) const STATEFUL_SET_NOT_FOUND: &str = "StatefulSetNotFound";
-pub(super) const DELETED: &str = "Deleted";
 
 /// What to do next.
 #[derive(Clone, Debug, PartialEq)]
@@ -135,10 +127,7 @@ fn due_slot(facts: &BackupFacts) -> Option<Slot> {
         // The original wrote this time for its own run at creation.
         None if status.last_backup_time.is_some() => None,
         None => Some(Slot::creation(facts.created)),
-        Some(last) if last.reason == INTERRUPTED && last.slot.attempt < MAX_ATTEMPTS => {
-            Some(Slot { attempt: last.slot.attempt + 1, ..last.slot.clone() })
-        }
-        Some(_) => None,
+        Some(last) => last.next_attempt(),
     }
 }
 

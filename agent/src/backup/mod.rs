@@ -379,6 +379,7 @@ async fn write_outcome(cx: &Context, backup: &StatefulSetBackup, run: CurrentRun
     }
 }
 
+#[expect(clippy::needless_pass_by_value, reason = "kube's controller calls it so")]
 fn error_policy(backup: Arc<StatefulSetBackup>, err: &Error, cx: Arc<Context>) -> Action {
     let mut failures = cx.failures.entry(backup.uid().unwrap_or_default()).or_insert(0);
     let pause = err.backoff(*failures);

@@ -202,7 +202,7 @@ async fn read_target(client: &Client, namespace: &str, name: &str) -> Result<Tar
         .spec
         .iter()
         .flat_map(|spec| spec.volume_claim_templates.iter().flatten())
-        .map(|template| template.name_any())
+        .map(ResourceExt::name_any)
         .collect();
     let of_set = claims.into_iter().filter_map(|claim| {
         let claim_name = claim.metadata.name.clone()?;

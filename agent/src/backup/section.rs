@@ -18,6 +18,7 @@ use kube::api::{ListParams, PostParams};
 use kube::runtime::{WatchStreamExt, watcher};
 use kube::{Api, ResourceExt};
 use sts_backup_api::backup::{HookPods, OnError, StatefulSetBackup};
+use sts_backup_api::conditions::{DELETED, INTERRUPTED};
 use sts_backup_api::names::{
     BACKUP_LABEL, BACKUP_NAMESPACE_LABEL, CLAIM_ANNOTATION, CLAIM_MANIFEST_ANNOTATION,
     CONSISTENCY_ANNOTATION, FIELD_MANAGER, ORDINAL_ANNOTATION, REPLICAS_ANNOTATION, RUN_LABEL,
@@ -33,7 +34,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
 use super::Context;
-use super::decide::{DELETED, INTERRUPTED, START_WITHIN, failing, later, milliseconds};
+use super::decide::{START_WITHIN, failing, later, milliseconds};
 use super::error::{Error, Result};
 use super::perform;
 use super::status::Note;

@@ -3,11 +3,13 @@
 use jiff::Timestamp;
 use kube::runtime::events::EventType;
 use sts_backup_api::backup::{MAX_LISTED_POINTS, Phase, StatefulSetBackupStatus};
-use sts_backup_api::conditions::{self, LAST_BACKUP_SUCCEEDED, PROGRESSING, READY, THAWED};
+use sts_backup_api::conditions::{
+    self, LAST_BACKUP_SUCCEEDED, NAMESPACE_NOT_GRANTED, PROGRESSING, READY, STATEFUL_SET_NOT_FOUND, THAWED,
+};
 use sts_backup_api::points::recovery_points;
 use sts_backup_api::run::{CurrentRun, RunRecord, RunResult, RunStep, SnapshotState, ThawState, request_key};
 
-use super::decide::{BackupStep, Idle, NAMESPACE_NOT_GRANTED, STATEFUL_SET_NOT_FOUND, Wait};
+use super::decide::{BackupStep, Idle, Wait};
 use super::observe::{BackupFacts, Target};
 
 /// The status after the step is written down, and before it is done.
@@ -87,7 +89,7 @@ fn set_conditions(
             set(READY, (false, STATEFUL_SET_NOT_FOUND, &message));
         }
         (_, BackupStep::Freeze(_)) => {
-            set(READY, (true, "Usable", "the last preflight found all that a run needs"))
+            set(READY, (true, "Usable", "the last preflight found all that a run needs"));
         }
         (Target::Read(_), BackupStep::Record(CurrentRun { failure: Some(failure), .. })) => {
             set(READY, (false, &failure.reason, &failure.message));
@@ -102,20 +104,17 @@ fn set_conditions(
         (Target::Unread | Target::Exists | Target::Read(_), _) => {}
     }
 
-    match current_run {
-        Some(run) => {
-            let (reason, message) = progress(run, step);
-            set(PROGRESSING, (true, reason, &message));
-            if let Some((thawed, reason, message)) = thaw_state(run) {
-                set(THAWED, (thawed, reason, &message));
-            }
+    if let Some(run) = current_run {
+        let (reason, message) = progress(run, step);
+        set(PROGRESSING, (true, reason, &message));
+        if let Some((thawed, reason, message)) = thaw_state(run) {
+            set(THAWED, (thawed, reason, &message));
         }
-        None => {
-            set(PROGRESSING, (false, "Idle", "no run is under way"));
-            // A run ends only when nothing is owed to any pod.
-            if conditions::find(&facts.status.conditions, THAWED).is_some() {
-                set(THAWED, (true, "Thawed", "nothing is owed to any pod"));
-            }
+    } else {
+        set(PROGRESSING, (false, "Idle", "no run is under way"));
+        // A run ends only when nothing is owed to any pod.
+        if conditions::find(&facts.status.conditions, THAWED).is_some() {
+            set(THAWED, (true, "Thawed", "nothing is owed to any pod"));
         }
     }
     if let Some(RunRecord { id, result, reason, message, .. }) = history.first() {

@@ -13,6 +13,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime;
 use proptest::prelude::*;
 use serde_json::json;
 use sts_backup_api::backup::{OnError, Phase, StatefulSetBackupSpec, StatefulSetBackupStatus};
+use sts_backup_api::conditions::{DELETED, INTERRUPTED};
 use sts_backup_api::names::{
     CONSISTENCY_ANNOTATION, REPLICAS_ANNOTATION, RUN_LABEL, TIME_ANNOTATION, VOLUMES_ANNOTATION,
 };
@@ -21,8 +22,7 @@ use sts_backup_api::run::{CurrentRun, RunResult, RunStep, SnapshotState, ThawSta
 use sts_backup_api::snapshot::VolumeSnapshot;
 
 use super::decide::{
-    BackupStep, INTERRUPTED, START_WITHIN, ThawAttempt, after_thaw, failing, later, next_backup_step,
-    with_snapshot_states,
+    BackupStep, START_WITHIN, ThawAttempt, after_thaw, failing, later, next_backup_step, with_snapshot_states,
 };
 use super::observe::{BackupFacts, ClaimFacts, ClassFacts, Target, TargetFacts};
 use super::status::next_status;
@@ -38,7 +38,7 @@ struct World {
     exists: bool,
     /// Pods that are frozen.
     frozen: BTreeSet<String>,
-    /// PreBackupHooks that still run in a pod, with the moment until which one may freeze it.
+    /// Pods where a preBackupHook still runs, with the moment until which it may freeze the pod.
     lingering: BTreeMap<String, Timestamp>,
     /// How often the preBackupHook was started, by run and pod.
     freezes: BTreeMap<(String, String), u32>,
@@ -215,7 +215,7 @@ impl World {
                 }
                 self.write(&BackupStep::Record(run));
             }
-            BackupStep::Cancel => self.cancel("Deleted"),
+            BackupStep::Cancel => self.cancel(DELETED),
             BackupStep::Wait { .. } | BackupStep::Idle(_) => {
                 self.write(&step);
                 return false;
@@ -483,7 +483,7 @@ impl World {
             }
             self.check();
         }
-        panic!("nothing comes to an end: {:?}", self.facts().status);
+        assert_eq!(self.facts().status.current_run, None, "the run does not come to an end");
     }
 }
 

@@ -2,7 +2,7 @@
 
 use kube::ResourceExt;
 use sts_backup_api::backup::StatefulSetBackup;
-use sts_backup_api::conditions;
+use sts_backup_api::conditions::{self, NAMESPACE_NOT_GRANTED, STATEFUL_SET_NOT_FOUND};
 use sts_backup_api::names::REQUESTED_AT_ANNOTATION;
 use sts_backup_api::run::{
     CurrentRun, Due, RecoveryPoint, RunId, RunPod, RunRecord, RunResult, RunStep, Slot, SnapshotState,
@@ -11,15 +11,9 @@ use sts_backup_api::run::{
 
 use super::table::span;
 
-/// The reason of a run that its agent did not live to finish; another attempt follows the first.
-const INTERRUPTED: &str = "Interrupted";
-
-/// How many attempts the agent makes at what was asked for.
-const MAX_ATTEMPTS: i32 = 3;
-
 /// The reasons for which the agent begins no run; it looks again when the cluster changes. Any other verdict is
 /// that of the last preflight, and only another run can better it.
-const BLOCKING: [&str; 2] = ["NamespaceNotGranted", "StatefulSetNotFound"];
+const BLOCKING: [&str; 2] = [NAMESPACE_NOT_GRANTED, STATEFUL_SET_NOT_FOUND];
 
 /// Said as long as the agent has not begun.
 pub(super) const WAITING: &str = "waiting for the agent to begin";
@@ -93,12 +87,8 @@ pub(super) fn progress(backup: Option<&StatefulSetBackup>, asked: &Asked) -> Pro
     let annotation = backup.annotations().get(REQUESTED_AT_ANNOTATION);
     let replaced = annotation.filter(|annotation| **annotation != asked.annotation);
     if let Some(record) = last {
-        let attempt = record.slot.attempt;
-        if record.reason == INTERRUPTED
-            && attempt < MAX_ATTEMPTS
-            && replaced.is_none()
-            && blocked(backup).is_none()
-        {
+        if record.next_attempt().is_some() && replaced.is_none() && blocked(backup).is_none() {
+            let attempt = record.slot.attempt;
             return Progress::Goes(format!("attempt {attempt} was interrupted; waiting for the next one"));
         }
         let mut points = status.iter().flat_map(|status| &status.recovery_points);

@@ -21,7 +21,7 @@ use super::images::{self, Images};
 use super::machine::{self, INOTIFY_FILE, INOTIFY_INSTANCES, Machine};
 use super::node_image::{self, ETCD_VERSION, NodeImage};
 use super::paths::e2e_dir;
-use super::programs::{CSI, KIND};
+use super::programs::{CSI, HELM, KIND};
 use super::step::Log;
 use super::traces;
 use crate::condition::{await_condition, daemonset_ready, deployment_available, has_csi_driver, node_ready};
@@ -44,7 +44,9 @@ pub fn cluster_name(n: usize) -> String {
     format!("{PREFIX}{n}")
 }
 
-fn control_plane(cluster: &str) -> String {
+/// The container that is a cluster's node, and the node's name.
+#[must_use]
+pub fn control_plane(cluster: &str) -> String {
     format!("{cluster}-control-plane")
 }
 
@@ -62,6 +64,9 @@ pub async fn up(harness: &Harness, count: usize) -> Result<Vec<String>> {
     let kind = KIND.build(harness).await?.join("kind");
     let node_image = node_image::find_or_make(harness, &engine).await?;
     let (images, archives) = images::make(harness).await?;
+    let helm = harness.paths.program("helm");
+    let _ = std::fs::remove_file(&helm);
+    std::os::unix::fs::symlink(HELM.build(harness).await?.join("helm"), helm)?;
     if engine.ours && machine::inotify_instances()? < INOTIFY_INSTANCES {
         std::fs::write(INOTIFY_FILE, INOTIFY_INSTANCES.to_string())
             .with_context(|| format!("write {INOTIFY_FILE}"))?;
@@ -234,27 +239,10 @@ impl Plan {
 
     async fn equip(&self, harness: &Harness, log: &Log, name: &str) -> Result<()> {
         let node = control_plane(name);
-        let in_node = |program: &str| {
-            let mut command = self.engine.docker();
-            command.args(["exec", "--interactive", &node, program]);
-            command
-        };
-        let mut list = in_node("ctr");
-        let loaded = log.output(list.args(["--namespace=k8s.io", "images", "ls", "--quiet"])).await?;
-        for archive in self.archives.iter().filter(|archive| !loaded.contains(&archive.name)) {
-            let mut import = in_node("ctr");
-            import.args([
-                "--namespace=k8s.io",
-                "images",
-                "import",
-                "--local",
-                "--snapshotter=overlayfs",
-                "-",
-            ]);
-            log.run_with_input(&mut import, std::fs::File::open(&archive.path)?.into()).await?;
-        }
+        images::load(log, &self.engine, &node, &self.archives).await?;
         let kubectl = || {
-            let mut kubectl = in_node("kubectl");
+            let mut kubectl = self.engine.docker();
+            kubectl.args(["exec", "--interactive", &node, "kubectl"]);
             kubectl.arg("--kubeconfig=/etc/kubernetes/admin.conf");
             kubectl
         };
@@ -267,7 +255,8 @@ impl Plan {
             wait.args(["wait", "--for=condition=Established", "crd", "--all", "--timeout=60s"]);
             log.run(&mut wait).await?;
         }
-        Box::pin(await_whole(client(harness, name).await?, name, READY_TIMEOUT)).await
+        Box::pin(await_whole(client(harness, name).await?, name, READY_TIMEOUT)).await?;
+        images::unload_older(log, &self.engine, &node, &self.archives).await
     }
 }
 

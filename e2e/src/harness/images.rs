@@ -1,5 +1,5 @@
-//! The images that tests and the snapshot machinery run from, made of Debian packages, Go modules and our own
-//! binaries, and loaded into clusters, never pulled.
+//! The images that pods run from, made of Debian packages, Go modules and our own binaries, and loaded into
+//! clusters, never pulled.
 
 use std::path::{Path, PathBuf};
 
@@ -11,8 +11,10 @@ use super::Harness;
 use super::archive::{Archive, Image};
 use super::cache::{self, Key};
 use super::debian::Packages;
+use super::engine::Engine;
 use super::paths::Paths;
 use super::programs::CSI;
+use super::step::Log;
 
 const PACKAGES: [&str; 5] = ["postgresql-15", "redis-server", "busybox-static", "btrfs-progs", "mount"];
 
@@ -32,6 +34,8 @@ pub struct Images {
     pub csi_sidecars: String,
     /// The conformance test of CSI drivers.
     pub csi_sanity: String,
+    /// The agent of this checkout, with its failpoints.
+    pub agent: String,
 }
 
 impl Images {
@@ -58,10 +62,13 @@ impl Images {
 pub async fn make(harness: &Harness) -> Result<(Images, Vec<Archive>)> {
     let packages = Packages::get(harness, "images", &PACKAGES).await?;
     let csi = CSI.build(harness).await?;
-    let driver = build_driver(harness).await?;
+    let driver = build_ours(harness, "test CSI driver", "csi-driver", &["sts-backup-e2e"]).await?;
+    let agent = ["sts-backup-agent", "--features=failpoints"];
+    let agent = build_ours(harness, "agent", "sts-backup-agent", &agent).await?;
 
     let sidecars = ["csi-provisioner", "csi-snapshotter", "snapshot-controller"];
     let driver_key = Key::new().with(packages.key()).with(std::fs::read(&driver)?).finish();
+    let agent_key = Key::new().with(packages.key()).with(std::fs::read(&agent)?).finish();
     let csi_key = csi.to_string_lossy();
 
     let postgres = image(harness, "postgres", packages.key(), async || postgres(&packages).await).await?;
@@ -74,6 +81,9 @@ pub async fn make(harness: &Harness) -> Result<(Images, Vec<Archive>)> {
     let csi_sanity =
         image(harness, "csi-sanity", &csi_key, async || go_programs(&csi, &["csi-sanity"])).await?;
 
+    let agent = async || agent_image(&packages, &agent).await;
+    let agent = image(harness, "agent", &agent_key, agent).await?;
+
     let images = Images {
         postgres: postgres.name.clone(),
         redis: redis.name.clone(),
@@ -81,9 +91,59 @@ pub async fn make(harness: &Harness) -> Result<(Images, Vec<Archive>)> {
         csi_driver: csi_driver.name.clone(),
         csi_sidecars: csi_sidecars.name.clone(),
         csi_sanity: csi_sanity.name.clone(),
+        agent: agent.name.clone(),
     };
     std::fs::write(Images::file(&harness.paths), serde_json::to_vec_pretty(&images)?)?;
-    Ok((images, vec![postgres, redis, shell, csi_driver, csi_sidecars, csi_sanity]))
+    Ok((images, vec![postgres, redis, shell, csi_driver, csi_sidecars, csi_sanity, agent]))
+}
+
+/// Loads the images into a node that it does not have yet.
+///
+/// # Errors
+/// When the node does not take them.
+pub async fn load(log: &Log, engine: &Engine, node: &str, archives: &[Archive]) -> Result<()> {
+    let had = in_node(log, engine, node).await?;
+    for archive in archives.iter().filter(|archive| !had.contains(&in_store(&archive.name))) {
+        let mut import = ctr(engine, node);
+        import.args(["images", "import", "--local", "--snapshotter=overlayfs", "-"]);
+        log.run_with_input(&mut import, std::fs::File::open(&archive.path)?.into()).await?;
+    }
+    Ok(())
+}
+
+/// Removes what a node has of these images by other tags: each build of the agent would stay for ever. Containers
+/// that run from one go on.
+///
+/// # Errors
+/// When the node does not let go of one.
+pub async fn unload_older(log: &Log, engine: &Engine, node: &str, archives: &[Archive]) -> Result<()> {
+    let repository = |name: &str| name.rsplit_once(':').map(|(repository, _)| repository.to_owned());
+    let newest: Vec<String> = archives.iter().map(|archive| in_store(&archive.name)).collect();
+    for name in in_node(log, engine, node).await? {
+        if !newest.contains(&name) && newest.iter().any(|newest| repository(newest) == repository(&name)) {
+            log.run(ctr(engine, node).args(["images", "rm", "--sync", &name])).await?;
+        }
+    }
+    Ok(())
+}
+
+/// The names of all images that a node has.
+async fn in_node(log: &Log, engine: &Engine, node: &str) -> Result<Vec<String>> {
+    let list = log.output(ctr(engine, node).args(["images", "ls", "--quiet"])).await?;
+    Ok(list.lines().map(str::to_owned).collect())
+}
+
+/// containerd's name of an image that pods name without a registry.
+fn in_store(name: &str) -> String {
+    format!("docker.io/{name}")
+}
+
+/// containerd's `ctr` in a node, where the kubelet's containers and images are.
+#[must_use]
+pub fn ctr(engine: &Engine, node: &str) -> Command {
+    let mut ctr = engine.docker();
+    ctr.args(["exec", "--interactive", node, "ctr", "--namespace=k8s.io"]);
+    ctr
 }
 
 /// One image by the key of what goes in; this file decides what does.
@@ -115,16 +175,17 @@ async fn image(
     Ok(Archive { name, path: dir.join("image.tar") })
 }
 
-/// Our CSI driver, built from the checkout by the cargo that runs us, without its debug info.
-async fn build_driver(harness: &Harness) -> Result<PathBuf> {
-    let built = std::env::current_exe()?.with_file_name("csi-driver");
-    let stripped = harness.paths.state().join("csi-driver");
+/// A binary of ours, built from the checkout by the cargo that runs us, without its debug info.
+async fn build_ours(harness: &Harness, what: &str, name: &str, package: &[&str]) -> Result<PathBuf> {
+    let built = std::env::current_exe()?.with_file_name(name);
+    let stripped = harness.paths.program(name);
+    let remedy = "mend what the compiler says in the log";
     harness
         .steps
-        .run("build the test CSI driver", "mend what the compiler says in the log", async |log| {
+        .run(&format!("build the {what}"), remedy, async |log| {
             let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
             let mut command = Command::new(cargo);
-            command.args(["build", "--quiet", "--package", "sts-backup-e2e", "--bin", "csi-driver"]);
+            command.args(["build", "--quiet", "--bin", name, "--package"]).args(package);
             log.run(command.current_dir(super::paths::e2e_dir())).await?;
             log.run(Command::new("strip").arg("-o").arg(&stripped).arg(&built)).await
         })
@@ -208,5 +269,11 @@ async fn csi_driver(packages: &Packages, driver: &Path) -> Result<Image> {
         image.program(packages, program).await?;
     }
     image.binary(packages, Path::new("/usr/local/bin/csi-driver"), driver).await?;
+    Ok(image)
+}
+
+async fn agent_image(packages: &Packages, agent: &Path) -> Result<Image> {
+    let mut image = Image::new(&["/usr/local/bin/sts-backup-agent"]);
+    image.binary(packages, Path::new("/usr/local/bin/sts-backup-agent"), agent).await?;
     Ok(image)
 }

@@ -7,7 +7,7 @@
 //! machine and removes it. What it needs of others is built from pinned sources by [`programs`] and
 //! [`debian`], packed by [`archive`] and kept by [`cache`].
 //!
-//! It knows nothing of sts-backup itself.
+//! It builds the agent's image, so that every node has it, and knows nothing else of sts-backup.
 
 use std::fs::File;
 

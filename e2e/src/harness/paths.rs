@@ -38,7 +38,7 @@ impl Paths {
     /// As [`Paths::find`], and when a folder cannot be made.
     pub fn create() -> Result<Self> {
         let paths = Self::find()?;
-        for dir in [paths.cache(), paths.logs(), paths.state(), paths.state().join("clusters")] {
+        for dir in [paths.cache(), paths.logs(), paths.state().join("bin"), paths.state().join("clusters")] {
             std::fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
         }
         Ok(paths)
@@ -72,6 +72,12 @@ impl Paths {
     #[must_use]
     pub fn state(&self) -> PathBuf {
         self.root.join("state")
+    }
+
+    /// A program that the tests run on this machine, as the last `up` built it.
+    #[must_use]
+    pub fn program(&self, name: &str) -> PathBuf {
+        self.state().join("bin").join(name)
     }
 
     /// What belongs to one cluster.

@@ -32,6 +32,8 @@ pub const CONTAINERD: Module =
     Module { name: "containerd", tags: "no_btrfs,no_zfs,no_devmapper", packages: &[] };
 /// snapshot-controller, the CSI sidecars and csi-sanity.
 pub const CSI: Module = Module { name: "csi", tags: "", packages: &[] };
+/// helm, which installs our charts.
+pub const HELM: Module = Module { name: "helm", tags: "", packages: &[] };
 
 impl Module {
     /// Its folder in the checkout.

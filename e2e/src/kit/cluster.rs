@@ -1,5 +1,7 @@
 //! Finds a cluster that the harness made and connects to it.
 
+use std::path::{Path, PathBuf};
+
 use anyhow::{Context, Result, bail};
 use kube::Client;
 
@@ -13,6 +15,7 @@ use crate::kubeconfig::config;
 #[derive(Clone)]
 pub struct Cluster {
     name: String,
+    kubeconfig: PathBuf,
     images: Images,
     client: Client,
     exec_client: Client,
@@ -30,13 +33,26 @@ impl Cluster {
         if !kubeconfig.exists() {
             bail!("no cluster {name}: run cargo e2e up --clusters 2, or run the tests by cargo e2e test");
         }
+        Self::by_kubeconfig(name, Images::load(&paths)?, kubeconfig).await
+    }
+
+    /// The same cluster, reached by another kubeconfig.
+    ///
+    /// # Errors
+    /// When the kubeconfig is unusable.
+    pub async fn through(&self, kubeconfig: &Path) -> Result<Self> {
+        Self::by_kubeconfig(&self.name, self.images.clone(), kubeconfig.to_owned()).await
+    }
+
+    async fn by_kubeconfig(name: &str, images: Images, kubeconfig: PathBuf) -> Result<Self> {
         let config = config(&kubeconfig).await?;
         // A command must run once: kube's retry after 429, 503 or 504 could run it a second time.
         let mut exec_config = config.clone();
         exec_config.default_retry = false;
         Ok(Self {
             name: name.to_owned(),
-            images: Images::load(&paths)?,
+            images,
+            kubeconfig,
             client: Client::try_from(config).context("make the client")?,
             exec_client: Client::try_from(exec_config).context("make the client for exec")?,
         })
@@ -46,6 +62,17 @@ impl Cluster {
     #[must_use]
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// The file by which programs reach it, as its administrator.
+    #[must_use]
+    pub fn kubeconfig(&self) -> &Path {
+        &self.kubeconfig
+    }
+
+    /// Where the kit keeps files about it.
+    pub(super) fn dir(&self) -> Result<PathBuf> {
+        Ok(Paths::find()?.cluster(&self.name))
     }
 
     /// The images that its nodes hold.

@@ -4,20 +4,28 @@
 //! never for time to pass: [`condition`](crate::condition) watches. [`Postgres`] and [`WriteLoad`] give it a
 //! database whose committed rows are known, so that "nothing was lost" is a number to compare.
 //!
-//! The kit only uses a cluster: it neither makes nor changes one (the harness does), and it knows nothing of
-//! the agent or the hub.
+//! An [`Agent`](agent::Agent) runs in a cluster, installed by [`helm`]; a
+//! [`LocalAgent`](local_agent::LocalAgent) is a process of the test, which can crash or pause it, and make its API
+//! server fail by an [`ApiProxy`](proxy::ApiProxy).
+//!
+//! The kit only uses a cluster: it neither makes nor changes one (the harness does).
 
+pub mod agent;
 pub mod backend;
 pub mod claim;
 pub mod class;
 mod cluster;
+pub mod crds;
 pub mod exec;
+pub mod helm;
 pub mod hooks;
 mod load;
+pub mod local_agent;
 mod namespace;
 pub mod pod;
 mod poll;
 mod postgres;
+pub mod proxy;
 mod redis;
 mod report;
 pub mod shell;

@@ -16,8 +16,10 @@ use sts_backup_api::snapshot::VolumeSnapshotContent;
 
 use super::Cluster;
 use super::backend::backend_handles;
+use super::local_agent::log_dir;
 use super::report::print_state;
 use crate::condition::{await_condition, await_deleted, await_none};
+use crate::harness::cache::remove_dir;
 
 /// On every namespace of a test, so that what a killed test run left behind can be found and removed.
 const TEST_NAMESPACE_LABEL: (&str, &str) = ("app.kubernetes.io/managed-by", "sts-backup-e2e");
@@ -229,6 +231,9 @@ pub async fn with_temp_namespaces(
         if tokio::time::timeout(REPORT_TIMEOUT, print_state(ns)).await.is_err() {
             eprintln!("the API server of {} did not answer", ns.cluster.name());
         }
+    }
+    for ns in namespaces.iter().filter(|_| !failed) {
+        remove_dir(&log_dir(&ns.cluster, &ns.name)?)?;
     }
     let mut removed = Ok(());
     for (ns, result) in namespaces.iter().zip(join_all(namespaces.iter().map(remove_or_keep)).await) {

@@ -10,14 +10,18 @@ use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use sts_backup_api::snapshot::VolumeSnapshot;
 
-use super::Namespace;
+use super::agent::Agent;
+use super::local_agent::log_dir;
+use super::{Namespace, agent};
 use crate::condition::pod_ready;
 
 /// Enough of a log to see why a container ended.
 const LOG_LINES: i64 = 20;
+/// Enough of an agent's log to see the end of a run.
+const AGENT_LINES: usize = 60;
 
-/// Prints pods, with the end of the logs of those that are not ready, claims, snapshots and Events of the namespace to standard error.
-/// What cannot be read is said, and does not hide the rest.
+/// Prints pods, with the end of the logs of those that are not ready, claims, snapshots and Events of the namespace
+/// to standard error, and what agents said. What cannot be read is said, and does not hide the rest.
 pub(super) async fn print_state(ns: &Namespace) {
     eprintln!("--- state of namespace {} in {} ---", ns.name(), ns.cluster().name());
     let pods: Api<Pod> = ns.api();
@@ -47,6 +51,8 @@ pub(super) async fn print_state(ns: &Namespace) {
             event.message.as_deref().unwrap_or("-"),
         );
     }
+    print_local_agents(ns);
+    print_shared_agent(ns).await;
     eprintln!("--- end of the state of {} ---", ns.name());
 }
 
@@ -90,4 +96,29 @@ async fn print_logs(pods: &Api<Pod>, pod: &Pod) {
             Err(err) => eprintln!("  {name}/{}: no log: {err}", container.name),
         }
     }
+}
+
+/// The ends of the logs of agents that ran as processes of the test; the files stay.
+fn print_local_agents(ns: &Namespace) {
+    let Ok(dir) = log_dir(ns.cluster(), ns.name()) else { return };
+    for file in std::fs::read_dir(dir).into_iter().flatten().flatten() {
+        let log = std::fs::read(file.path()).unwrap_or_default();
+        eprintln!("The end of {}:", file.path().display());
+        print_end(String::from_utf8_lossy(&log).lines());
+    }
+}
+
+/// What the shared agent said of the namespace.
+async fn print_shared_agent(ns: &Namespace) {
+    let pods: Api<Pod> = Api::namespaced(ns.cluster().client(), agent::NAMESPACE);
+    for pod in Agent::shared(ns.cluster()).pods().await.unwrap_or_default() {
+        let log = pods.logs(&pod, &LogParams::default()).await.unwrap_or_default();
+        eprintln!("What {pod} said of the namespace:");
+        print_end(log.lines().filter(|line| line.contains(ns.name())));
+    }
+}
+
+fn print_end<'log>(lines: impl Iterator<Item = &'log str>) {
+    let lines: Vec<&str> = lines.collect();
+    lines[lines.len().saturating_sub(AGENT_LINES)..].iter().for_each(|line| eprintln!("  {line}"));
 }

@@ -1,10 +1,13 @@
 //! Tests of the ground that all other end-to-end tests stand on: the clusters, the storage and the kit.
 //!
-//! They are fast and need no agent and no hub. `cargo e2e test` makes the clusters and runs them.
+//! They are fast, and `cargo e2e test` makes the clusters and runs them. Of the agent they only ask that it runs.
 
+mod agent;
+mod chart;
 mod clusters;
 mod conformance;
 mod faults;
 mod hooks;
+mod proxy;
 mod snapshots;
 mod topology;

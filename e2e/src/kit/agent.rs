@@ -1,0 +1,209 @@
+//! Agents that helm installed in a cluster: the one that tests share, and those that a test has to itself.
+//!
+//! The shared agent runs in the first cluster, where every test may use it and none may harm it. The second
+//! cluster has none: a test that kills agents, or takes their lease or their API server away, works there, and
+//! holds [`alone`] as long as an agent of its own runs, since an agent sees the objects of all namespaces.
+
+use std::fs::File;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use k8s_openapi::api::apps::v1::Deployment;
+use k8s_openapi::api::coordination::v1::Lease;
+use k8s_openapi::api::core::v1::Pod;
+use k8s_openapi::api::rbac::v1::{ClusterRole, ClusterRoleBinding};
+use kube::api::{DeleteParams, ListParams, Patch, PatchParams};
+use kube::{Api, ResourceExt};
+use serde_json::{Value, json};
+
+use super::crds::apply_crds;
+use super::helm::{agent_chart, helm};
+use super::{Cluster, Namespace};
+use crate::condition::{await_condition, deployment_rolled_out};
+use crate::harness::clusters::{cluster_name, control_plane};
+use crate::harness::engine::Engine;
+use crate::harness::{Harness, images};
+
+/// Where the shared agent runs.
+pub const NAMESPACE: &str = "sts-backup-system";
+
+/// The release, and by it the names of the Deployment and the Lease.
+pub const RELEASE: &str = "sts-backup-agent";
+
+/// Images are loaded already; the rest is for a busy machine.
+const ROLLOUT_TIMEOUT: Duration = Duration::from_mins(2);
+
+/// A killed leader is followed when its lease has run out, 15 s by default.
+const LEADER_TIMEOUT: Duration = Duration::from_mins(1);
+
+/// Keeps other tests out of a cluster until it is dropped: [`alone`].
+#[must_use = "others are kept out until this is dropped"]
+pub struct Alone(#[expect(dead_code, reason = "held for its lock")] File);
+
+/// Waits until no other test, of this run or another, is alone in the cluster. Take it before the test's namespace:
+/// the wait is not the test's own.
+///
+/// # Errors
+/// When the lock file cannot be opened.
+pub async fn alone(cluster: &Cluster) -> Result<Alone> {
+    let path = cluster.dir()?.join("alone.lock");
+    let lock = tokio::task::spawn_blocking(move || {
+        let file = File::create(&path).with_context(|| format!("create {}", path.display()))?;
+        file.lock().with_context(|| format!("lock {}", path.display()))?;
+        anyhow::Ok(Alone(file))
+    });
+    lock.await?
+}
+
+/// Installs the shared agent of this checkout in the first cluster, or upgrades it.
+///
+/// # Errors
+/// When helm fails, or the agent does not become available and lead.
+pub async fn ensure_shared(harness: &Harness) -> Result<()> {
+    let name = cluster_name(1);
+    let remedy = format!(
+        "read its log: kubectl --kubeconfig $(cargo e2e kubeconfig 1) -n {NAMESPACE} logs deployment/{RELEASE}"
+    );
+    let install = async |_: &_| {
+        let agent = Agent::shared(&Cluster::connect(&name).await?);
+        agent.upgrade(&json!({}), &["--create-namespace"]).await
+    };
+    harness.steps.run(&format!("install the agent in {name}"), &remedy, install).await
+}
+
+/// An agent in a cluster: a Deployment with the pods of one release.
+#[derive(Clone)]
+pub struct Agent {
+    cluster: Cluster,
+    namespace: String,
+}
+
+impl Agent {
+    /// The agent that tests share. None may harm it.
+    #[must_use]
+    pub fn shared(cluster: &Cluster) -> Self {
+        Self { cluster: cluster.clone(), namespace: NAMESPACE.to_owned() }
+    }
+
+    /// Installs an agent in a test's namespace, with values over the chart's, and waits until one of its pods leads. It
+    /// goes with the namespace, also what it has outside of it. The test is [`alone`] in the cluster.
+    ///
+    /// # Errors
+    /// When helm fails, or the agent does not become available and lead.
+    pub async fn install(ns: &Namespace, values: &Value) -> Result<Self> {
+        let agent = Self { cluster: ns.cluster().clone(), namespace: ns.name().to_owned() };
+        // Not by helm: the release goes with the namespace, its kinds stay.
+        apply_crds(ns.cluster()).await?;
+        agent.upgrade(values, &["--set=crds.install=false,userRoles.create=false"]).await?;
+
+        let name = format!("{}:{RELEASE}", agent.namespace);
+        let owned = Patch::Merge(json!({ "metadata": { "ownerReferences": [ns.owner_reference()?] } }));
+        let (client, how) = (ns.cluster().client(), PatchParams::default());
+        Api::<ClusterRole>::all(client.clone()).patch(&name, &how, &owned).await?;
+        Api::<ClusterRoleBinding>::all(client).patch(&name, &how, &owned).await?;
+        Ok(agent)
+    }
+
+    async fn upgrade(&self, values: &Value, arguments: &[&str]) -> Result<()> {
+        let (repository, tag) =
+            self.cluster.images().agent.rsplit_once(':').context("an image's name has a tag")?;
+        let image =
+            format!("image={}", json!({ "repository": repository, "tag": tag, "pullPolicy": "Never" }));
+        let chart = agent_chart();
+        let chart = chart.to_str().context("the checkout's path is not UTF-8")?;
+        // CRDs that a test applied are taken over, and so is what `cargo e2e dev` changed.
+        let mut all = vec!["upgrade", "--install", RELEASE, chart, "--namespace", &self.namespace];
+        all.extend(["--take-ownership", "--force-conflicts", "--server-side=true", "--history-max=2"]);
+        all.extend(["--set-json", &image]);
+        all.extend(arguments);
+        helm(Some(&self.cluster), &all, Some(values)).await?;
+        await_condition(&self.deployments(), RELEASE, "rolled out", ROLLOUT_TIMEOUT, deployment_rolled_out)
+            .await?;
+        // Those of before may have left without giving the lease away.
+        let pods = self.pods().await?;
+        self.await_lease("held by an agent that runs", |holder| pods.iter().any(|pod| pod == holder)).await?;
+        Ok(())
+    }
+
+    pub(crate) fn deployments(&self) -> Api<Deployment> {
+        Api::namespaced(self.cluster.client(), &self.namespace)
+    }
+
+    fn pods_api(&self) -> Api<Pod> {
+        Api::namespaced(self.cluster.client(), &self.namespace)
+    }
+
+    /// The names of its pods, without those that are ending.
+    ///
+    /// # Errors
+    /// When they cannot be listed.
+    pub async fn pods(&self) -> Result<Vec<String>> {
+        let ours = ListParams::default().labels(&format!("app.kubernetes.io/instance={RELEASE}"));
+        let pods = self.pods_api().list(&ours).await.context("list the agent's pods")?;
+        let stay = pods.iter().filter(|pod| pod.metadata.deletion_timestamp.is_none());
+        Ok(stay.map(ResourceExt::name_any).collect())
+    }
+
+    /// The pod that leads, as the Lease says, once it is not `former`.
+    ///
+    /// # Errors
+    /// When there is none after a minute.
+    pub async fn await_leader(&self, former: Option<&str>) -> Result<String> {
+        let what = format!("held by another than {former:?}");
+        self.await_lease(&what, |holder| Some(holder) != former).await
+    }
+
+    async fn await_lease(&self, what: &str, wanted: impl Fn(&str) -> bool) -> Result<String> {
+        let leases: Api<Lease> = Api::namespaced(self.cluster.client(), &self.namespace);
+        let held = |lease: &Lease| holder(lease).is_some_and(&wanted);
+        let lease = await_condition(&leases, RELEASE, what, LEADER_TIMEOUT, held).await?;
+        Ok(holder(&lease).context("the lease is held")?.to_owned())
+    }
+
+    /// Deletes a pod without any grace.
+    ///
+    /// # Errors
+    /// When the API server refuses.
+    pub async fn delete_pod(&self, pod: &str) -> Result<()> {
+        let now = DeleteParams::default().grace_period(0);
+        self.pods_api().delete(pod, &now).await.with_context(|| format!("delete the pod {pod}"))?;
+        Ok(())
+    }
+
+    /// Kills a pod's process on its node with SIGKILL: it can end nothing properly, and the kubelet starts it
+    /// again in the same pod, under the same identity.
+    ///
+    /// # Errors
+    /// When it does not run, or the node cannot be reached.
+    pub async fn kill(&self, pod: &str) -> Result<()> {
+        let object = self.pods_api().get(pod).await.with_context(|| format!("read the pod {pod}"))?;
+        let status = object.status.and_then(|status| status.container_statuses?.pop());
+        let id = status.and_then(|status| status.container_id);
+        let id = id.as_deref().and_then(|id| id.strip_prefix("containerd://"));
+        let id = id.with_context(|| format!("the pod {pod} has no container"))?;
+        let engine = Engine::find(&Harness::open()?).await.context("no Docker engine answers")?;
+        let mut kill = images::ctr(&engine, &control_plane(self.cluster.name()));
+        let output = kill.args(["tasks", "kill", "--signal=SIGKILL", id]).output().await?;
+        ensure!(
+            output.status.success(),
+            "kill {pod}, container {id}: {}",
+            String::from_utf8_lossy(&output.stderr).trim_end()
+        );
+        Ok(())
+    }
+
+    /// What a pod says at `path`, such as `/metrics`, by way of the API server.
+    ///
+    /// # Errors
+    /// When the pod does not answer with success.
+    pub async fn get(&self, pod: &str, path: &str) -> Result<String> {
+        let uri = format!("/api/v1/namespaces/{}/pods/{pod}:9090/proxy{path}", self.namespace);
+        let request = hyper::Request::get(&uri).body(Vec::new())?;
+        self.cluster.client().request_text(request).await.with_context(|| format!("get {uri}"))
+    }
+}
+
+/// The pod that holds the lease: the holder is its name and, after an underscore, what tells its processes apart.
+fn holder(lease: &Lease) -> Option<&str> {
+    Some(lease.spec.as_ref()?.holder_identity.as_deref()?.rsplit_once('_')?.0)
+}

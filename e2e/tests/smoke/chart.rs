@@ -1,0 +1,123 @@
+//! The agent's chart asks for no more than the agent needs, and says what is wrong with values.
+
+use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
+use sts_backup_e2e::kit::helm::{agent_chart, helm};
+
+async fn template(values: &Value) -> Result<String> {
+    let chart = agent_chart();
+    let chart = chart.to_str().context("the checkout's path is not UTF-8")?;
+    helm(None, &["template", "sts-backup-agent", chart, "--namespace=backups"], Some(values)).await
+}
+
+/// The objects of a rendered chart.
+async fn objects(values: &Value) -> Result<Vec<Value>> {
+    Ok(serde_saphyr::from_multiple(&template(values).await?)?)
+}
+
+/// What helm says of bad values.
+async fn refusal(values: &Value) -> Result<String> {
+    let outcome = template(values).await;
+    Ok(format!("{:#}", outcome.err().with_context(|| format!("{values} was not refused"))?))
+}
+
+#[tokio::test]
+#[ignore = "needs helm: cargo e2e test"]
+async fn helm_lint_finds_nothing() -> Result<()> {
+    let chart = agent_chart();
+    let said = helm(None, &["lint", "--strict", chart.to_str().context("no UTF-8")?], None).await?;
+    ensure!(said.contains("0 chart(s) failed"), "{said}");
+    Ok(())
+}
+
+/// Written out, so that nobody grants the agent more without changing this list.
+#[tokio::test]
+#[ignore = "needs helm: cargo e2e test"]
+async fn the_agent_is_granted_exactly_what_it_uses() -> Result<()> {
+    let objects = objects(&json!({ "userRoles": { "create": false } })).await?;
+    let mut granted: Vec<String> = Vec::new();
+    for role in
+        objects.iter().filter(|object| matches!(object["kind"].as_str(), Some("Role" | "ClusterRole")))
+    {
+        let kind = role["kind"].as_str().unwrap_or_default();
+        for rule in role["rules"].as_array().context("a role has rules")? {
+            granted.push(format!(
+                "{kind} {}/{}{} {}",
+                words(&rule["apiGroups"]),
+                words(&rule["resources"]),
+                if rule["resourceNames"].is_null() { "" } else { "=" }.to_owned()
+                    + &words(&rule["resourceNames"]),
+                words(&rule["verbs"])
+            ));
+        }
+    }
+    let expected = [
+        "ClusterRole backup.sts-backup.io/statefulsetbackups get,list,watch,patch",
+        "ClusterRole backup.sts-backup.io/statefulsetbackups/status patch",
+        "ClusterRole backup.sts-backup.io/statefulsetbackups/finalizers update",
+        "ClusterRole apps/statefulsets get,list,watch",
+        "ClusterRole /pods,persistentvolumeclaims,persistentvolumes get,list",
+        "ClusterRole /pods/exec get,create",
+        "ClusterRole snapshot.storage.k8s.io/volumesnapshots get,list,watch,create,delete",
+        "ClusterRole snapshot.storage.k8s.io/volumesnapshotcontents,volumesnapshotclasses get,list,watch",
+        "ClusterRole events.k8s.io/events create,patch",
+        "Role coordination.k8s.io/leases=sts-backup-agent get,update",
+        "Role coordination.k8s.io/leases create",
+    ];
+    ensure!(granted == expected, "the chart grants {granted:#?}");
+    Ok(())
+}
+
+fn words(list: &Value) -> String {
+    let words = list.as_array().into_iter().flatten().filter_map(Value::as_str);
+    words.collect::<Vec<_>>().join(",")
+}
+
+#[tokio::test]
+#[ignore = "needs helm: cargo e2e test"]
+async fn unknown_values_are_refused_by_name() -> Result<()> {
+    let said = refusal(&json!({ "replicas": 3 })).await?;
+    ensure!(said.contains("'replicas' not allowed"), "{said}");
+    let said = refusal(&json!({ "config": { "lease": { "duration": 15 } } })).await?;
+    ensure!(said.contains("/config/lease") && said.contains("'duration' not allowed"), "{said}");
+    Ok(())
+}
+
+#[tokio::test]
+#[ignore = "needs helm: cargo e2e test"]
+async fn a_grace_that_is_too_short_to_thaw_pods_is_refused() -> Result<()> {
+    let said = refusal(&json!({ "config": { "shutdown_seconds": 60 } })).await?;
+    ensure!(said.contains("must be at least 5 more than config.shutdown_seconds (60)"), "{said}");
+    Ok(())
+}
+
+#[tokio::test]
+#[ignore = "needs helm: cargo e2e test"]
+async fn the_configuration_becomes_toml_and_its_change_restarts_the_agents() -> Result<()> {
+    let checksum = async |values: &Value| -> Result<(String, Value)> {
+        let objects = objects(values).await?;
+        let of_kind = |kind: &str| objects.iter().find(|object| object["kind"] == kind);
+        let config = of_kind("ConfigMap").context("no ConfigMap")?["data"]["agent.toml"].as_str();
+        let pod = &of_kind("Deployment").context("no Deployment")?["spec"]["template"]["metadata"];
+        Ok((config.context("no file")?.to_owned(), pod["annotations"]["checksum/config"].clone()))
+    };
+    let (config, before) = checksum(&json!({ "config": { "lease": { "duration_seconds": 20 } } })).await?;
+    let lines = ["lease.duration_seconds = 20", "log_format = \"json\"", "shutdown_seconds = 25"];
+    ensure!(config.lines().eq(lines), "{config}");
+    let (_, after) = checksum(&json!({ "config": { "lease": { "duration_seconds": 21 } } })).await?;
+    ensure!(before != after, "the pods would go on with the old configuration");
+    Ok(())
+}
+
+#[tokio::test]
+#[ignore = "needs helm: cargo e2e test"]
+async fn crds_stay_when_the_chart_is_uninstalled() -> Result<()> {
+    let is_crd = |object: &&Value| object["kind"] == "CustomResourceDefinition";
+    for crd in objects(&json!({})).await?.iter().filter(is_crd) {
+        let policy = &crd["metadata"]["annotations"]["helm.sh/resource-policy"];
+        ensure!(policy == "keep", "{} would take all its objects with it", crd["metadata"]["name"]);
+    }
+    let without = objects(&json!({ "crds": { "install": false } })).await?;
+    ensure!(!without.iter().any(|object| is_crd(&object)), "CRDs that were not wanted");
+    Ok(())
+}
