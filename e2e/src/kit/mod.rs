@@ -12,6 +12,7 @@
 
 pub mod agent;
 pub mod backend;
+mod backup;
 pub mod claim;
 pub mod class;
 mod cluster;
@@ -31,6 +32,7 @@ mod report;
 pub mod shell;
 pub mod snapshot;
 
+pub use backup::Backup;
 pub use cluster::Cluster;
 pub use load::WriteLoad;
 pub use namespace::{Namespace, with_temp_namespace, with_temp_namespaces};
