@@ -193,15 +193,28 @@ async fn next_steps(cached: &StatefulSetBackup, cx: &Arc<Context>) -> Result<Act
         let step = next_backup_step(&facts, now);
         debug!(?step, "decided");
         match &step {
-            BackupStep::AddFinalizer => backup = perform::set_finalizer(&cx.client, &backup, true).await?,
+            BackupStep::AddFinalizer => {
+                backup = perform::set_finalizer(&cx.client, &backup, true).await?;
+                crash_point!("after-finalizer");
+            }
             BackupStep::RemoveFinalizer => {
                 backup = perform::set_finalizer(&cx.client, &backup, false).await?;
                 if facts.deleting {
                     return Ok(Action::await_change());
                 }
             }
-            BackupStep::Begin(_) | BackupStep::Record(_) | BackupStep::Finish(_) => {
+            BackupStep::Begin(_) => {
                 backup = write(cx, &backup, &facts, &step, now).await?;
+                crash_point!("after-begin");
+            }
+            BackupStep::Record(_) => {
+                backup = write(cx, &backup, &facts, &step, now).await?;
+                crash_point!("after-record");
+            }
+            BackupStep::Finish(_) => {
+                crash_point!("before-finish");
+                backup = write(cx, &backup, &facts, &step, now).await?;
+                crash_point!("after-finish");
             }
             BackupStep::CleanUp { doomed, .. } => {
                 perform::delete_snapshots(&cx.client, &facts.namespace, doomed).await?;
@@ -363,6 +376,7 @@ async fn write_outcome(cx: &Context, backup: &StatefulSetBackup, run: CurrentRun
             let facts = observe(&cx.client, &latest, true).await?;
             let step = BackupStep::Record(run.clone());
             write(cx, &latest, &facts, &step, clock::now()).await?;
+            crash_point!("after-outcome");
             Ok::<_, Error>(())
         };
         // A request that hangs is a failed one: pods may be waiting.
