@@ -36,6 +36,9 @@ const ROLLOUT_TIMEOUT: Duration = Duration::from_mins(2);
 /// A killed leader is followed when its lease has run out, 15 s by default.
 const LEADER_TIMEOUT: Duration = Duration::from_mins(1);
 
+/// For a release that goes with a namespace.
+const WITHOUT_CLUSTER_SCOPED: &[&str] = &["--set=crds.install=false,userRoles.create=false"];
+
 /// Keeps other tests out of a cluster until it is dropped: [`alone`].
 #[must_use = "others are kept out until this is dropped"]
 pub struct Alone(#[expect(dead_code, reason = "held for its lock")] File);
@@ -94,7 +97,7 @@ impl Agent {
         let agent = Self { cluster: ns.cluster().clone(), namespace: ns.name().to_owned() };
         // Not by helm: the release goes with the namespace, its kinds stay.
         apply_crds(ns.cluster()).await?;
-        agent.upgrade(values, &["--set=crds.install=false,userRoles.create=false"]).await?;
+        agent.upgrade(values, WITHOUT_CLUSTER_SCOPED).await?;
 
         let name = format!("{}:{RELEASE}", agent.namespace);
         let owned = Patch::Merge(json!({ "metadata": { "ownerReferences": [ns.owner_reference()?] } }));
@@ -102,6 +105,25 @@ impl Agent {
         Api::<ClusterRole>::all(client.clone()).patch(&name, &how, &owned).await?;
         Api::<ClusterRoleBinding>::all(client).patch(&name, &how, &owned).await?;
         Ok(agent)
+    }
+
+    /// Upgrades an agent that [`install`](Self::install) installed to other values over the chart's, and waits as that
+    /// does.
+    ///
+    /// # Errors
+    /// As [`install`](Self::install).
+    pub async fn upgrade_to(&self, values: &Value) -> Result<()> {
+        self.upgrade(values, WITHOUT_CLUSTER_SCOPED).await
+    }
+
+    /// Waits until all its pods run and are of its newest spec.
+    ///
+    /// # Errors
+    /// When they do not in time.
+    pub async fn await_rolled_out(&self) -> Result<()> {
+        let done = deployment_rolled_out;
+        await_condition(&self.deployments(), RELEASE, "rolled out", ROLLOUT_TIMEOUT, done).await?;
+        Ok(())
     }
 
     async fn upgrade(&self, values: &Value, arguments: &[&str]) -> Result<()> {
@@ -117,8 +139,7 @@ impl Agent {
         all.extend(["--set-json", &image]);
         all.extend(arguments);
         helm(Some(&self.cluster), &all, Some(values)).await?;
-        await_condition(&self.deployments(), RELEASE, "rolled out", ROLLOUT_TIMEOUT, deployment_rolled_out)
-            .await?;
+        self.await_rolled_out().await?;
         // Those of before may have left without giving the lease away.
         let pods = self.pods().await?;
         self.await_lease("held by an agent that runs", |holder| pods.iter().any(|pod| pod == holder)).await?;
@@ -204,6 +225,6 @@ impl Agent {
 }
 
 /// The pod that holds the lease: the holder is its name and, after an underscore, what tells its processes apart.
-fn holder(lease: &Lease) -> Option<&str> {
+pub(super) fn holder(lease: &Lease) -> Option<&str> {
     Some(lease.spec.as_ref()?.holder_identity.as_deref()?.rsplit_once('_')?.0)
 }

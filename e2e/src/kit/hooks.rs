@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result, ensure};
 use serde::Deserialize;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::Namespace;
 use super::exec::{Output, exec};
@@ -11,6 +11,9 @@ const PAGE: &str = include_str!("../../../docs/hooks.md");
 
 /// The line by which each documented pre hook says after how many seconds its freeze ends by itself.
 const EXPIRY: &str = "expires=180 ";
+
+/// The line by which the pre hook for PostgreSQL says for how many seconds it tries.
+const PATIENCE: &str = "patience=30 ";
 
 /// The pre hook and the post hook that freeze and thaw one application.
 #[derive(Clone, Debug)]
@@ -65,6 +68,44 @@ impl Hooks {
         Self::parse(&yaml.replace(EXPIRY, &format!("expires={seconds} ")))
     }
 
+    /// The same hooks with a pre hook that may take no longer than so many seconds, and gives up a second before:
+    /// after an interruption the second thaw waits for that long.
+    ///
+    /// # Errors
+    /// When the pre hook does not set its patience in the one way the page has for PostgreSQL.
+    pub fn giving_up_after(&self, seconds: u32) -> Result<Self> {
+        let mut spec = self.spec.clone();
+        let script = self.pre.command.get(2).context("the pre hook is no shell script")?;
+        ensure!(
+            script.matches(PATIENCE).count() == 1,
+            "the pre hook has one line that starts with {PATIENCE:?}"
+        );
+        let script = script.replace(PATIENCE, &format!("patience={} ", seconds.saturating_sub(1)));
+        spec["preBackupHook"]["command"][2] = Value::from(script);
+        spec["preBackupHook"]["timeoutSeconds"] = Value::from(seconds);
+        Self::of(spec)
+    }
+
+    /// The same hooks, each of which writes down in the file `trace` of its container when it begins and when it
+    /// has succeeded: see [`Trace`](super::trace::Trace).
+    ///
+    /// # Errors
+    /// Never for sound hooks.
+    pub fn traced(&self, trace: &str) -> Result<Self> {
+        let mut spec = self.spec.clone();
+        for (hook, [begins, succeeded]) in
+            [("preBackupHook", ["freeze", "frozen"]), ("postBackupHook", ["thaw", "thawed"])]
+        {
+            let mark = |word| format!("echo \"{word} $(date +%s%N)\" >>{trace}");
+            let script = format!("{}; \"$@\" || exit; {}", mark(begins), mark(succeeded));
+            let mut command = vec![json!("sh"), json!("-c"), json!(script), json!("sh")];
+            let traced = spec[hook]["command"].as_array_mut().context("a hook has a command")?;
+            command.append(traced);
+            *traced = command;
+        }
+        Self::of(spec)
+    }
+
     /// `preBackupHook` and `postBackupHook`, to be merged into the spec of a `StatefulSetBackup`.
     #[must_use]
     pub fn spec(&self) -> &Value {
@@ -73,6 +114,10 @@ impl Hooks {
 
     fn parse(yaml: &str) -> Result<Self> {
         let Document { spec } = serde_saphyr::from_str(yaml)?;
+        Self::of(spec)
+    }
+
+    fn of(spec: Value) -> Result<Self> {
         let HookSpec { pre_backup_hook: pre, post_backup_hook: post } = serde_json::from_value(spec.clone())?;
         Ok(Self { pre, post, spec })
     }
@@ -116,6 +161,23 @@ mod tests {
                 assert!(checked.success(), "{application}: {}", hook.command[2]);
             }
         }
+    }
+
+    #[test]
+    fn a_traced_hook_is_the_same_command_with_its_own_exit_code() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let hooks = Hooks::documented("PostgreSQL").unwrap().giving_up_after(5).unwrap();
+        assert!(hooks.pre.command[2].contains("\npatience=4 #"));
+        let mut spec = hooks.spec().clone();
+        spec["preBackupHook"]["command"] = json!(["sh", "-c", "set -e; false; true"]);
+        spec["postBackupHook"]["command"] = json!(["sh", "-c", "exit 0"]);
+        let traced = Hooks::of(spec).unwrap().traced(file.path().to_str().unwrap()).unwrap();
+        let run = |hook: &Hook| Command::new(&hook.command[0]).args(&hook.command[1..]).status().unwrap();
+        assert_eq!(run(&traced.pre).code(), Some(1));
+        assert!(run(&traced.post).success());
+        let trace = std::fs::read_to_string(file.path()).unwrap();
+        let marks: Vec<&str> = trace.lines().filter_map(|line| line.split(' ').next()).collect();
+        assert_eq!(marks, ["freeze", "thaw", "thawed"]);
     }
 
     #[test]

@@ -10,11 +10,14 @@ use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use kube::{Client, Config};
+use k8s_openapi::api::coordination::v1::Lease;
+use kube::{Api, Client, Config};
 use rustix::process::{Pid, Signal, kill_process};
 use tokio::process::{Child, Command};
 
+use super::agent::{RELEASE, holder};
 use super::{Cluster, Namespace};
+use crate::condition::await_condition;
 use crate::harness::paths::Paths;
 
 /// A debug build on a busy machine.
@@ -22,6 +25,9 @@ const START_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Longer than the agent may take to end after SIGTERM, 25 s by default.
 const EXIT_TIMEOUT: Duration = Duration::from_mins(1);
+
+/// A lease of the default length that has to run out, on a busy machine.
+const LEADS_TIMEOUT: Duration = Duration::from_mins(1);
 
 /// Between two looks at whether it answers yet: a process has no event for that.
 const START_POLL: Duration = Duration::from_millis(50);
@@ -56,6 +62,14 @@ impl LocalAgentConfig {
         self
     }
 
+    /// A lease of three seconds: another agent soon takes over from one that died.
+    #[must_use]
+    pub fn short_lease(self) -> Self {
+        self.env("STSB_LEASE__DURATION_SECONDS", "3")
+            .env("STSB_LEASE__RENEW_DEADLINE_SECONDS", "2")
+            .env("STSB_LEASE__RETRY_SECONDS", "1")
+    }
+
     /// Orders failpoints, as the crate `fail` reads them: `name=action;…`.
     #[must_use]
     pub fn failpoints(self, failpoints: &str) -> Self {
@@ -68,6 +82,8 @@ pub struct LocalAgent {
     child: Child,
     address: SocketAddr,
     log: PathBuf,
+    identity: String,
+    leases: Api<Lease>,
 }
 
 impl LocalAgent {
@@ -95,7 +111,8 @@ impl LocalAgent {
         command.envs(environment.iter().map(|(name, value)| (name, value)));
         command.stdin(Stdio::null()).stdout(output.try_clone()?).stderr(output).kill_on_drop(true);
         let child = command.spawn().context("start the agent: run cargo e2e up")?;
-        let mut agent = Self { child, address, log };
+        let (identity, leases) = (identity.clone(), ns.api());
+        let mut agent = Self { child, address, log, identity: identity.clone(), leases };
 
         let healthy = async {
             while agent.get("/healthz").await.is_err() {
@@ -112,6 +129,17 @@ impl LocalAgent {
         });
         healthy.with_context(|| format!("its last words: {}", last_line(&agent.log)))?;
         Ok(agent)
+    }
+
+    /// Waits until it leads.
+    ///
+    /// # Errors
+    /// When it does not within a minute.
+    pub async fn await_leads(&self) -> Result<()> {
+        let what = format!("held by {}", self.identity);
+        let held = |lease: &Lease| holder(lease) == Some(&self.identity);
+        await_condition(&self.leases, RELEASE, &what, LEADS_TIMEOUT, held).await?;
+        Ok(())
     }
 
     /// What it says at `path`, such as `/metrics`.

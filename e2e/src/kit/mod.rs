@@ -17,6 +17,7 @@ pub mod claim;
 pub mod class;
 mod cluster;
 pub mod crds;
+pub mod drill;
 pub mod exec;
 pub mod helm;
 pub mod hooks;
@@ -31,6 +32,8 @@ mod redis;
 mod report;
 pub mod shell;
 pub mod snapshot;
+pub mod snapshot_controller;
+pub mod trace;
 
 pub use backup::Backup;
 pub use cluster::Cluster;

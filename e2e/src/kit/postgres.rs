@@ -22,7 +22,7 @@ use crate::condition::{await_condition, statefulset_ready};
 pub(super) const CONTAINER: &str = "postgres";
 
 /// Where the volume is mounted; the data directory is below it, as a mount point can hold `lost+found`.
-const VOLUME_PATH: &str = "/var/lib/postgresql";
+pub(super) const VOLUME_PATH: &str = "/var/lib/postgresql";
 const DATA_PATH: &str = "/var/lib/postgresql/data";
 const SOCKET_PATH: &str = "/run/postgresql";
 
@@ -168,6 +168,21 @@ impl Postgres {
     /// When psql fails. It needs no lock that a freeze holds.
     pub async fn is_frozen(&self, ordinal: u32) -> Result<bool> {
         self.is_true(ordinal, IS_FROZEN).await
+    }
+
+    /// Waits until the documented freeze is in force on one server.
+    ///
+    /// # Errors
+    /// When it is not within half a minute, or psql fails.
+    pub async fn await_frozen(&self, ordinal: u32) -> Result<()> {
+        self.await_true(ordinal, "the freeze is in force", IS_FROZEN).await
+    }
+
+    /// Reads a file of one server's container; one that does not exist is empty.
+    pub(super) async fn read_file(&self, ordinal: u32, path: &str) -> Result<String> {
+        let script = format!("[ ! -e {path} ] || cat {path}");
+        let (cluster, pod) = (self.ns.cluster(), self.pod_name(ordinal));
+        exec(cluster, self.ns.name(), &pod, CONTAINER, &["sh", "-c", &script]).await?.success()
     }
 
     /// Waits until a row of a [`WriteLoad`](super::WriteLoad) waits for a lock of the documented freeze: from

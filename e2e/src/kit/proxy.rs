@@ -3,6 +3,7 @@
 
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context, Result};
@@ -31,7 +32,12 @@ struct Faults(Arc<Mutex<Vec<Arc<Ordered>>>>);
 struct Ordered {
     rule: Box<Rule>,
     hits: watch::Sender<u64>,
+    /// The fault has ended.
+    over: watch::Sender<bool>,
 }
+
+/// What a [`hold`](ApiProxy::hold) orders in place of a status.
+const HOLD: u16 = 0;
 
 impl Faults {
     fn rules(&self) -> MutexGuard<'_, Vec<Arc<Ordered>>> {
@@ -39,12 +45,12 @@ impl Faults {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn answer(&self, method: &Method, uri: &Uri) -> Option<u16> {
+    fn answer(&self, method: &Method, uri: &Uri) -> Option<(u16, Arc<Ordered>)> {
         let rules = self.rules().clone();
         rules.iter().find_map(|ordered| {
             let status = (ordered.rule)(method, uri)?;
             ordered.hits.send_modify(|hits| *hits += 1);
-            Some(status)
+            Some((status, Arc::clone(ordered)))
         })
     }
 }
@@ -100,9 +106,27 @@ impl ApiProxy {
     /// Puts a rule in force until the returned fault is dropped: requests for which it names a status are answered
     /// with that by the proxy, and never reach the API server. 429 comes with `Retry-After: 1`.
     pub fn fail(&self, rule: impl Fn(&Method, &Uri) -> Option<u16> + Send + Sync + 'static) -> Fault {
-        let ordered = Arc::new(Ordered { rule: Box::new(rule), hits: watch::Sender::new(0) });
+        let (rule, hits, over) = (Box::new(rule), watch::Sender::new(0), watch::Sender::new(false));
+        let ordered = Arc::new(Ordered { rule, hits, over });
         self.faults.rules().push(Arc::clone(&ordered));
         Fault { faults: self.faults.clone(), ordered }
+    }
+
+    /// Holds up the requests that a rule names until the returned fault is dropped; then they reach the API server,
+    /// also those whose client has given up on them meanwhile, as it goes with an API server that is slow.
+    pub fn hold(&self, rule: impl Fn(&Method, &Uri) -> bool + Send + Sync + 'static) -> Fault {
+        self.fail(move |method, uri| rule(method, uri).then_some(HOLD))
+    }
+
+    /// Counts requests as [`Fault::hits`], and passes them on.
+    pub fn count(&self, rule: impl Fn(&Method, &Uri) -> bool + Send + Sync + 'static) -> Count {
+        let hits = Arc::new(AtomicU64::new(0));
+        let counted = Arc::clone(&hits);
+        let fault = self.fail(move |method, uri| {
+            counted.fetch_add(u64::from(rule(method, uri)), Ordering::SeqCst);
+            None
+        });
+        Count { hits, _fault: fault }
     }
 }
 
@@ -135,20 +159,34 @@ impl Fault {
     }
 }
 
+/// Requests that are counted.
+pub struct Count {
+    hits: Arc<AtomicU64>,
+    _fault: Fault,
+}
+
+impl Count {
+    /// How many there were.
+    #[must_use]
+    pub fn hits(&self) -> u64 {
+        self.hits.load(Ordering::SeqCst)
+    }
+}
+
 impl Drop for Fault {
     fn drop(&mut self) {
+        self.ordered.over.send_replace(true);
         self.faults.rules().retain(|ordered| !Arc::ptr_eq(ordered, &self.ordered));
     }
 }
 
 async fn answer(State((upstream, faults)): State<(Client, Faults)>, request: Request) -> Response {
-    if let Some(status) = faults.answer(request.method(), request.uri()) {
-        return refusal(status);
-    }
-    match Box::pin(pass_on(&upstream, request)).await {
-        Ok(response) => response,
-        Err(err) => (StatusCode::BAD_GATEWAY, format!("{err:#}")).into_response(),
-    }
+    let passed_on = match faults.answer(request.method(), request.uri()) {
+        None => Box::pin(pass_on(&upstream, request)).await,
+        Some((HOLD, fault)) => pass_on_later(upstream, request, fault).await,
+        Some((status, _)) => return refusal(status),
+    };
+    passed_on.unwrap_or_else(|err| (StatusCode::BAD_GATEWAY, format!("{err:#}")).into_response())
 }
 
 /// As the API server words its failures, which clients parse.
@@ -165,6 +203,18 @@ fn refusal(status: u16) -> Response {
         response.headers_mut().insert(header::RETRY_AFTER, header::HeaderValue::from_static("1"));
     }
     response
+}
+
+/// In a task of its own: the client that goes away does not take its request along.
+async fn pass_on_later(upstream: Client, request: Request, fault: Arc<Ordered>) -> Result<Response> {
+    let (parts, body) = request.into_parts();
+    let body = to_bytes(body, usize::MAX).await.context("read the request")?;
+    let later = tokio::spawn(async move {
+        // The sender lives as long as `fault`.
+        let _ = fault.over.subscribe().wait_for(|over| *over).await;
+        pass_on(&upstream, Request::from_parts(parts, Body::from(body))).await
+    });
+    later.await?
 }
 
 async fn pass_on(upstream: &Client, mut request: Request) -> Result<Response> {

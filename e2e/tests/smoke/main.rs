@@ -6,6 +6,7 @@ mod agent;
 mod chart;
 mod clusters;
 mod conformance;
+mod crashes;
 mod faults;
 mod hooks;
 mod proxy;
