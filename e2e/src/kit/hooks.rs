@@ -96,7 +96,8 @@ impl Hooks {
         for (hook, [begins, succeeded]) in
             [("preBackupHook", ["freeze", "frozen"]), ("postBackupHook", ["thaw", "thawed"])]
         {
-            let mark = |word| format!("echo \"{word} $(date +%s%N)\" >>{trace}");
+            // busybox' date knows no fractions of a second.
+            let mark = |word| format!("touch {trace}.now; echo {word} $(stat -c %y {trace}.now) >>{trace}");
             let script = format!("{}; \"$@\" || exit; {}", mark(begins), mark(succeeded));
             let mut command = vec![json!("sh"), json!("-c"), json!(script), json!("sh")];
             let traced = spec[hook]["command"].as_array_mut().context("a hook has a command")?;

@@ -35,7 +35,7 @@ impl Trace {
                 "thawed" => Mark::Thawed,
                 other => bail!("{other:?} is no mark"),
             };
-            Ok((mark, Timestamp::from_nanosecond(time.parse()?)?))
+            Ok((mark, Timestamp::strptime("%Y-%m-%d %H:%M:%S%.f %z", time)?))
         };
         let marks = text.lines().map(|text| line(text).with_context(|| format!("read the trace {text:?}")));
         Ok(Self(marks.collect::<Result<_>>()?))
@@ -85,11 +85,16 @@ mod tests {
 
     #[test]
     fn a_freeze_without_a_thaw_of_its_own_is_found() {
-        let thawed = |text| Trace::parse(text).unwrap().ensure_thawed().is_ok();
-        assert!(thawed(""));
-        assert!(thawed("freeze 1\nfrozen 2\nthaw 3\nthawed 4\nthaw 5\nthawed 6\n"));
-        assert!(!thawed("freeze 1\nfrozen 2\nthaw 3\n"));
-        assert!(!thawed("freeze 1\nfreeze 2\nthaw 3\nthawed 4\n"));
+        let thawed = |marks: &[&str]| {
+            let line =
+                |(at, mark): (usize, &&str)| format!("{mark} 2026-01-02 03:04:05.00000000{} +0000\n", at + 1);
+            let trace = Trace::parse(&marks.iter().enumerate().map(line).collect::<String>()).unwrap();
+            trace.ensure_thawed().is_ok()
+        };
+        assert!(thawed(&[]));
+        assert!(thawed(&["freeze", "frozen", "thaw", "thawed", "thaw", "thawed"]));
+        assert!(!thawed(&["freeze", "frozen", "thaw"]));
+        assert!(!thawed(&["freeze", "freeze", "thaw", "thawed"]));
         assert!(Trace::parse("frozen\n").is_err());
     }
 }
