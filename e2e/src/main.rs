@@ -196,6 +196,8 @@ async fn test(tier: Tier, filter: Option<&str>) -> Result<ExitCode> {
     // They wait for the clusters most of the time, not for this machine's processors.
     let mut passed = cargo_test("smoke", &["--test-threads=8"], filter).await?;
     if tier == Tier::Full {
+        // They have one cluster to themselves, one after the other.
+        passed &= cargo_test("full", &["--test-threads=1", "--nocapture"], filter).await?;
         // The last ones remake the clusters, and so run alone.
         passed &= cargo_test("harness", &["--test-threads=1"], filter).await?;
     }

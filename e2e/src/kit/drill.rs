@@ -4,12 +4,12 @@
 //! The freeze does not expire within a test, so what ends it is a thaw. The hooks are the documented ones, traced.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::os::unix::process::ExitStatusExt;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use futures::future::try_join_all;
 use kube::ResourceExt;
-use kube::api::DeleteParams;
 use serde_json::json;
 use sts_backup_api::backup::{Phase, StatefulSetBackup, StatefulSetBackupSpec};
 use sts_backup_api::conditions::{self, INTERRUPTED, PROGRESSING, THAWED};
@@ -20,7 +20,7 @@ use sts_backup_api::snapshot::VolumeSnapshot;
 
 use super::class::create_snapshot_class;
 use super::crds::apply_crds;
-use super::local_agent::LocalAgentConfig;
+use super::local_agent::{LocalAgent, LocalAgentConfig};
 use super::postgres::VOLUME_PATH;
 use super::snapshot::cut_time;
 use super::trace::{Mark, Trace};
@@ -34,7 +34,10 @@ pub const REPLICAS: u32 = 3;
 const NEVER: u32 = 600;
 
 /// What the pre hook may take. An interrupted run waits for that long, and 5 s more, for its second thaw.
-const PRE_HOOK_SECONDS: u32 = 5;
+const PRE_HOOK_SECONDS: u32 = 4;
+
+/// What an abort ends with.
+const SIGABRT: i32 = 6;
 
 /// Covers a run on a busy machine, two interruptions with their second thaws included.
 const SETTLE_TIMEOUT: Duration = Duration::from_mins(4);
@@ -85,6 +88,18 @@ impl Drill {
         LocalAgentConfig::new(&self.ns, identity).short_lease()
     }
 
+    /// An agent of this name with a lease of the default length.
+    #[must_use]
+    pub fn default_agent(&self, identity: &str) -> LocalAgentConfig {
+        LocalAgentConfig::new(&self.ns, identity)
+    }
+
+    /// The namespace of all this.
+    #[must_use]
+    pub fn namespace(&self) -> &Namespace {
+        &self.ns
+    }
+
     /// The database.
     #[must_use]
     pub fn postgres(&self) -> &Postgres {
@@ -95,6 +110,34 @@ impl Drill {
     #[must_use]
     pub fn backup(&self) -> &Backup {
         &self.backup
+    }
+
+    /// Puts another agent in the place of `sound`, asks it for a run, lets it die at a crash point of that run, and
+    /// has a third one, `sound` from now on, bring the run to its end. Checks that it took so many attempts, and that
+    /// [all holds](Self::ensure_sound).
+    ///
+    /// # Errors
+    /// When anything is otherwise.
+    pub async fn ensure_survives(
+        &mut self,
+        sound: &mut LocalAgent,
+        crash_point: &str,
+        attempts: usize,
+    ) -> Result<()> {
+        let failing = self.agent(crash_point).failpoints(&format!("{crash_point}=return"));
+        let mut failing = LocalAgent::start(&failing).await?;
+        sound.terminate()?;
+        let status = sound.wait_exit().await?;
+        ensure!(status.success(), "an idle agent ended with {status}");
+        failing.await_leads().await?;
+        *sound = LocalAgent::start(&self.agent(&format!("after-{crash_point}"))).await?;
+
+        self.request().await?;
+        let status = failing.wait_exit().await?;
+        ensure!(status.signal() == Some(SIGABRT), "the agent ended with {status}");
+        let took = self.ensure_completed().await?;
+        ensure!(took.len() == attempts, "it took {took:#?}");
+        Ok(())
     }
 
     /// Asks for a run.
@@ -298,18 +341,6 @@ impl Drill {
                 "run {} froze a pod from {frozen} to {thaw}, and cut at {cuts:?}",
                 run.id
             );
-        }
-        Ok(())
-    }
-
-    /// Deletes all snapshots of the backup, so that what a later check finds is new.
-    ///
-    /// # Errors
-    /// When the API server refuses.
-    pub async fn delete_snapshots(&self) -> Result<()> {
-        let api: kube::Api<VolumeSnapshot> = self.ns.api();
-        for snapshot in self.backup.snapshots().await? {
-            api.delete(&snapshot.name_any(), &DeleteParams::default()).await?;
         }
         Ok(())
     }

@@ -180,6 +180,35 @@ impl Drop for Fault {
     }
 }
 
+/// Orders a snapshot.
+#[must_use]
+pub fn is_create_of_snapshot(method: &Method, uri: &Uri) -> bool {
+    method == Method::POST && uri.path().ends_with("/volumesnapshots")
+}
+
+/// Writes the status of a backup.
+#[must_use]
+pub fn is_status_write(method: &Method, uri: &Uri) -> bool {
+    let path = uri.path();
+    method == Method::PATCH && path.contains("/statefulsetbackups/") && path.ends_with("/status")
+}
+
+/// Runs the pre hook of a [drill](super::drill), which has a word of its trace.
+#[must_use]
+pub fn is_pre_hook(_method: &Method, uri: &Uri) -> bool {
+    runs(uri, "frozen+")
+}
+
+/// Runs the post hook of a [drill](super::drill), which has a word of its trace.
+#[must_use]
+pub fn is_post_hook(_method: &Method, uri: &Uri) -> bool {
+    runs(uri, "thawed+")
+}
+
+fn runs(uri: &Uri, word: &str) -> bool {
+    uri.path().ends_with("/exec") && uri.query().is_some_and(|query| query.contains(word))
+}
+
 async fn answer(State((upstream, faults)): State<(Client, Faults)>, request: Request) -> Response {
     let passed_on = match faults.answer(request.method(), request.uri()) {
         None => Box::pin(pass_on(&upstream, request)).await,

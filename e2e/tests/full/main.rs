@@ -1,0 +1,19 @@
+//! What the smoke tier has no time for: agents that die, hang, lose their lease or their API server, in every way and
+//! again and again. `cargo e2e test --tier full` runs them one after the other, in the cluster without a shared agent.
+
+mod api_faults;
+mod crashes;
+mod kills;
+mod leases;
+mod storage;
+
+use anyhow::Result;
+use sts_backup_e2e::kit::agent::alone;
+use sts_backup_e2e::kit::{Cluster, Namespace, with_temp_namespace};
+
+/// Runs a test alone in the cluster that has no shared agent.
+async fn alone_in_namespace(prefix: &str, test: impl AsyncFnOnce(&Namespace) -> Result<()>) -> Result<()> {
+    let cluster = Cluster::connect("stsb-e2e-2").await?;
+    let _alone = alone(&cluster).await?;
+    with_temp_namespace(&cluster, prefix, test).await
+}
