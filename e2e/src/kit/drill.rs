@@ -15,7 +15,9 @@ use sts_backup_api::backup::{Phase, StatefulSetBackup, StatefulSetBackupSpec};
 use sts_backup_api::conditions::{self, INTERRUPTED, PROGRESSING, THAWED};
 use sts_backup_api::names::{REQUESTED_AT_ANNOTATION, RUN_FINALIZER, RUN_LABEL};
 use sts_backup_api::points::{is_ready, recovery_points};
-use sts_backup_api::run::{Consistency, CurrentRun, RunId, RunRecord, RunResult, RunStep, request_key};
+use sts_backup_api::run::{
+    Consistency, CurrentRun, RunId, RunRecord, RunResult, RunStep, RunVolume, request_key,
+};
 use sts_backup_api::snapshot::VolumeSnapshot;
 
 use super::class::create_snapshot_class;
@@ -41,6 +43,9 @@ const SIGABRT: i32 = 6;
 
 /// Covers a run on a busy machine, two interruptions with their second thaws included.
 const SETTLE_TIMEOUT: Duration = Duration::from_mins(4);
+
+/// A pre hook's last checkpoint, on a busy machine.
+const SNAPSHOT_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Rows that must be committed before the load counts as going on.
 const ROWS: u64 = 5;
@@ -160,14 +165,24 @@ impl Drill {
         status.await?.current_run.context("a run is under way")
     }
 
-    /// Waits until a run is under way, has frozen every server, and snapshots are still to be cut; it is so for as
-    /// long as the class says.
+    /// Waits until attempt number `attempt` has frozen every server and ordered all snapshots. So it stays until they
+    /// are cut, for as long as the class says.
     ///
     /// # Errors
     /// When it is not in time.
     pub async fn await_frozen(&self, attempt: i32) -> Result<CurrentRun> {
         let run = self.await_step(RunStep::Frozen, attempt).await?;
         try_join_all((0..REPLICAS).map(|ordinal| self.postgres.await_frozen(ordinal))).await?;
+        let snapshots = self.ns.api();
+        let ordered = |volume: &RunVolume| {
+            let name = volume.snapshot.clone();
+            let snapshots = snapshots.clone();
+            async move {
+                let is_there = |_: &VolumeSnapshot| true;
+                await_condition(&snapshots, &name, "ordered", SNAPSHOT_TIMEOUT, is_there).await
+            }
+        };
+        try_join_all(run.volumes.iter().map(ordered)).await?;
         Ok(run)
     }
 
