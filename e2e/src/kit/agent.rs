@@ -140,10 +140,18 @@ impl Agent {
         all.extend(arguments);
         helm(Some(&self.cluster), &all, Some(values)).await?;
         self.await_rolled_out().await?;
-        // Those of before may have left without giving the lease away.
-        let pods = self.pods().await?;
-        self.await_lease("held by an agent that runs", |holder| pods.iter().any(|pod| pod == holder)).await?;
+        self.await_present_leader().await?;
         Ok(())
+    }
+
+    /// The pod that leads, once it is one of those that there are now: others may have left without giving the lease
+    /// away.
+    ///
+    /// # Errors
+    /// When there is none after a minute.
+    pub async fn await_present_leader(&self) -> Result<String> {
+        let pods = self.pods().await?;
+        self.await_lease("held by an agent that runs", |holder| pods.iter().any(|pod| pod == holder)).await
     }
 
     pub(crate) fn deployments(&self) -> Api<Deployment> {

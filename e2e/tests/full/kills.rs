@@ -36,7 +36,7 @@ async fn twenty_runs_whose_leader_is_killed_at_random_all_complete() -> Result<(
             let how = if deletes { "its pod is deleted" } else { "its process is killed" };
             eprintln!("kill {kill}: {how} after {delay:?}");
             let survived = async {
-                let leader = agent.await_leader(None).await?;
+                let leader = agent.await_present_leader().await?;
                 drill.request().await?;
                 tokio::time::sleep(delay).await;
                 if deletes {
