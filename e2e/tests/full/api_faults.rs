@@ -91,6 +91,26 @@ async fn snapshots_that_a_slow_api_server_creates_after_their_run_has_failed_do_
 
 #[tokio::test]
 #[ignore = "needs clusters: cargo e2e test --tier full"]
+async fn snapshots_that_a_slow_api_server_creates_for_an_agent_that_is_dead_do_not_stay() -> Result<()> {
+    with_proxy(&[], 60, async |drill, proxy| {
+        let slow = proxy.hold(is_create_of_snapshot);
+        let first = LocalAgent::start(&drill.agent("first").kubeconfig(proxy.kubeconfig())).await?;
+        slow.await_hits(3).await;
+        first.kill().await?;
+        let _second = LocalAgent::start(&drill.agent("second")).await?;
+        let attempts = drill.ensure_completed().await?;
+        ensure!(attempts.len() == 2, "it took {attempts:#?}");
+        drop(slow);
+        // Another run, whose snapshots come after those.
+        drill.request().await?;
+        drill.ensure_completed().await?;
+        Ok(())
+    })
+    .await
+}
+
+#[tokio::test]
+#[ignore = "needs clusters: cargo e2e test --tier full"]
 async fn a_status_that_cannot_be_written_for_a_while_holds_up_no_thaw() -> Result<()> {
     with_proxy(&[("cutDelay", "3s")], 60, async |drill, proxy| {
         let _agent = start(drill, proxy).await?;
