@@ -9,9 +9,12 @@ use sts_backup_e2e::condition::{await_deleted, await_none};
 use sts_backup_e2e::kit::drill::Drill;
 use sts_backup_e2e::kit::local_agent::LocalAgent;
 
-use crate::alone_in_namespace;
+use crate::{UNCUT_FOR_A_WHILE, alone_in_namespace};
 
 const TIMEOUT: Duration = Duration::from_mins(1);
+
+/// Its calls fail, so they can be deleted.
+const NEVER_CUT: [(&str, &str); 1] = [("failOnCall", "1-999999")];
 
 /// The crash points of a run that is well, and how many attempts it takes when its agent dies there.
 const CRASH_POINTS: [(&str, usize); 11] = [
@@ -71,7 +74,7 @@ async fn a_run_whose_agents_die_one_after_the_other_is_tried_three_times_in_all(
 #[ignore = "needs clusters: cargo e2e test --tier full"]
 async fn an_agent_that_is_asked_to_end_thaws_first_and_the_next_one_begins_the_run_anew() -> Result<()> {
     alone_in_namespace("crash", async |ns| {
-        let mut drill = Drill::deploy(ns, &[("cutDelay", "5s")], |_| ()).await?;
+        let mut drill = Drill::deploy(ns, &UNCUT_FOR_A_WHILE, |_| ()).await?;
         let mut first = LocalAgent::start(&drill.agent("first")).await?;
         drill.await_frozen(1).await?;
         first.terminate()?;
@@ -92,7 +95,7 @@ async fn an_agent_that_is_asked_to_end_thaws_first_and_the_next_one_begins_the_r
 #[ignore = "needs clusters: cargo e2e test --tier full"]
 async fn a_backup_that_is_deleted_while_its_agent_is_dead_is_thawed_and_let_go() -> Result<()> {
     alone_in_namespace("crash", async |ns| {
-        let mut drill = Drill::deploy(ns, &[("cutDelay", "5s")], |_| ()).await?;
+        let mut drill = Drill::deploy(ns, &NEVER_CUT, |_| ()).await?;
         let first = LocalAgent::start(&drill.agent("first")).await?;
         drill.await_frozen(1).await?;
         first.kill().await?;
@@ -111,7 +114,7 @@ async fn a_backup_that_is_deleted_while_its_agent_is_dead_is_thawed_and_let_go()
 #[ignore = "needs clusters: cargo e2e test --tier full"]
 async fn a_backup_that_is_deleted_in_mid_freeze_is_thawed_and_let_go() -> Result<()> {
     alone_in_namespace("crash", async |ns| {
-        let mut drill = Drill::deploy(ns, &[("cutDelay", "5s")], |_| ()).await?;
+        let mut drill = Drill::deploy(ns, &NEVER_CUT, |_| ()).await?;
         let _agent = LocalAgent::start(&drill.agent("agent")).await?;
         let run = drill.await_frozen(1).await?;
         ensure!(run.step == RunStep::Frozen, "{run:?}");
@@ -131,6 +134,5 @@ async fn ensure_nothing_is_left(drill: &mut Drill) -> Result<()> {
     }
     let snapshots = drill.backup().snapshots().await?;
     ensure!(snapshots.is_empty(), "snapshots are left: {snapshots:?}");
-    // Those that were still to be cut go once they are.
     await_none::<VolumeSnapshot>(&drill.namespace().api(), "snapshots", TIMEOUT, |_| true).await
 }

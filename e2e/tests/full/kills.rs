@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use sts_backup_e2e::kit::agent::Agent;
 use sts_backup_e2e::kit::drill::Drill;
 
-use crate::alone_in_namespace;
+use crate::{UNCUT_FOR_A_WHILE, alone_in_namespace};
 
 const KILLS: u32 = 20;
 
@@ -89,7 +89,7 @@ impl Random {
 async fn an_upgrade_of_the_agent_in_mid_run_ends_in_a_completed_run() -> Result<()> {
     alone_in_namespace("upgrade", async |ns| {
         let agent = Agent::install(ns, &values()).await?;
-        let mut drill = Drill::deploy(ns, &[("cutDelay", "8s")], |_| ()).await?;
+        let mut drill = Drill::deploy(ns, &UNCUT_FOR_A_WHILE, |_| ()).await?;
         drill.await_frozen(1).await?;
         let mut newer = values();
         newer["podAnnotations"] = json!({ "sts-backup-e2e/version": "newer" });
