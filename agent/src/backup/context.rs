@@ -24,8 +24,8 @@ use crate::{clock, telemetry};
 /// The longest note that the API server admits in an Event, bytes.
 const MAX_NOTE: usize = 1024;
 
-/// How long an Event may take; it is not worth waiting for.
-const EVENT_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long an Event may take, also at the end of the process: it is not worth more.
+const EVENT_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// A `StatefulSet`: namespace and name.
 type SetName = (String, String);
@@ -111,7 +111,7 @@ impl Context {
             ..Event::default()
         };
         let events: Api<Event> = Api::namespaced(self.exec.clone(), &namespace);
-        tokio::spawn(async move {
+        self.tasks.spawn(async move {
             let created =
                 tokio::time::timeout(EVENT_TIMEOUT, events.create(&PostParams::default(), &event)).await;
             // In a namespace that is being deleted no Event can be created.
