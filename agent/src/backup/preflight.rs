@@ -358,3 +358,7 @@ fn running_pod<'a>(set: &str, ordinal: i32, target: &'a TargetFacts) -> Result<&
         not_ready("is not Ready")
     }
 }
+
+#[cfg(test)]
+#[path = "preflight_tests.rs"]
+mod tests;

@@ -15,6 +15,7 @@ use jiff::Timestamp;
 use k8s_openapi::api::core::v1::PersistentVolumeClaim;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{MicroTime, ObjectMeta};
 use kube::api::{ListParams, PostParams};
+use kube::runtime::utils::Backoff;
 use kube::runtime::{WatchStreamExt, watcher};
 use kube::{Api, ResourceExt};
 use sts_backup_api::backup::{HookPods, OnError, StatefulSetBackup};
@@ -50,6 +51,21 @@ const RETRY_PAUSE: Duration = Duration::from_millis(200);
 
 /// How long the API server may take to create a snapshot before it is asked again.
 const CREATE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// A watch that broke is begun again at a steady pace: its default backoff would be added to the freeze.
+struct Steadily;
+
+impl Iterator for Steadily {
+    type Item = Duration;
+
+    fn next(&mut self) -> Option<Duration> {
+        Some(RETRY_PAUSE)
+    }
+}
+
+impl Backoff for Steadily {
+    fn reset(&mut self) {}
+}
 
 /// One frozen section.
 pub(super) struct Section {
@@ -225,7 +241,7 @@ impl Section {
         let snapshots: Api<VolumeSnapshot> = Api::namespaced(self.cx.client.clone(), &self.namespace);
         let selector = format!("{RUN_LABEL}={}", run.id);
         let config = watcher::Config::default().labels(&selector);
-        let mut changes = pin!(watcher(snapshots.clone(), config).default_backoff().applied_objects());
+        let mut changes = pin!(watcher(snapshots.clone(), config).backoff(Steadily).applied_objects());
         let wanted: Vec<_> =
             run.volumes.iter().map(|volume| self.snapshot(run, volume, consistency, clock::now())).collect();
         let mut creating = pin!(try_join_all(wanted.iter().map(|snapshot| self.create(snapshot))).fuse());

@@ -63,8 +63,10 @@ pub async fn make(harness: &Harness) -> Result<(Images, Vec<Archive>)> {
     let packages = Packages::get(harness, "images", &PACKAGES).await?;
     let csi = CSI.build(harness).await?;
     let driver = build_ours(harness, "test CSI driver", "csi-driver", &["sts-backup-e2e"]).await?;
-    let agent = ["sts-backup-agent", "--features=failpoints"];
-    let agent = build_ours(harness, "agent", "sts-backup-agent", &agent).await?;
+    let features = ["sts-backup-agent", "--features=failpoints"];
+    let released = ["sts-backup-agent", "--release"];
+    let agent = if harness.release { &released } else { &features };
+    let agent = build_ours(harness, "agent", "sts-backup-agent", agent).await?;
 
     let sidecars = ["csi-provisioner", "csi-snapshotter", "snapshot-controller"];
     let driver_key = Key::new().with(packages.key()).with(std::fs::read(&driver)?).finish();
@@ -177,7 +179,11 @@ async fn image(
 
 /// A binary of ours, built from the checkout by the cargo that runs us, without its debug info.
 async fn build_ours(harness: &Harness, what: &str, name: &str, package: &[&str]) -> Result<PathBuf> {
-    let built = std::env::current_exe()?.with_file_name(name);
+    let mut built = std::env::current_exe()?.with_file_name(name);
+    if package.contains(&"--release") {
+        let target = built.ancestors().nth(2).context("cargo builds in a folder by profile")?;
+        built = target.join("release").join(name);
+    }
     let stripped = harness.paths.program(name);
     let remedy = "mend what the compiler says in the log";
     harness

@@ -37,6 +37,8 @@ pub struct Harness {
     pub paths: Paths,
     /// How work is shown.
     pub steps: Steps,
+    /// Whether the agent in the clusters is built for speed, as benches want it, or to be built fast.
+    pub release: bool,
 }
 
 impl Harness {
@@ -47,7 +49,7 @@ impl Harness {
     pub fn open() -> Result<Self> {
         let paths = Paths::create()?;
         let steps = Steps::new(paths.logs());
-        Ok(Self { paths, steps })
+        Ok(Self { paths, steps, release: false })
     }
 
     /// Keeps other runs of the harness out until the returned file is dropped. The kernel frees the lock of a

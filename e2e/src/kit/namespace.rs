@@ -78,6 +78,31 @@ impl Namespace {
         self.object.owner_ref(&()).context("a namespace of the API server has a name and a uid")
     }
 
+    /// A namespace of exactly that name, new: one that exists is removed with all that is in it.
+    ///
+    /// # Errors
+    /// When the old one does not go in time, or the new one cannot be made.
+    pub async fn fresh(cluster: &Cluster, name: &str) -> Result<Self> {
+        let namespaces: Api<v1::Namespace> = Api::all(cluster.client());
+        if let Some(old) = namespaces.get_opt(name).await? {
+            namespaces.delete(name, &DeleteParams::default()).await?;
+            await_deleted(&namespaces, &old, REMOVAL_TIMEOUT).await?;
+        }
+        let metadata = ObjectMeta { name: Some(name.to_owned()), ..ObjectMeta::default() };
+        let wanted = v1::Namespace { metadata, ..v1::Namespace::default() };
+        let object = namespaces.create(&PostParams::default(), &wanted).await?;
+        let ns = Self { cluster: cluster.clone(), object, name: name.to_owned() };
+        ns.await_account().await?;
+        Ok(ns)
+    }
+
+    /// Waits for the service account, without which the API server refuses every pod.
+    async fn await_account(&self) -> Result<()> {
+        let accounts: Api<ServiceAccount> = self.api();
+        await_condition(&accounts, "default", "created", Duration::from_secs(30), |_| true).await?;
+        Ok(())
+    }
+
     async fn create(cluster: &Cluster, prefix: &str) -> Result<Self> {
         let (key, value) = TEST_NAMESPACE_LABEL;
         let wanted = v1::Namespace {
@@ -214,10 +239,8 @@ pub async fn with_temp_namespaces(
     let run = Box::pin(async {
         for cluster in clusters {
             let ns = Namespace::create(cluster, prefix).await?;
-            let accounts: Api<ServiceAccount> = ns.api();
-            namespaces.push(ns);
-            // Until it exists the API server refuses every pod of the namespace.
-            await_condition(&accounts, "default", "created", Duration::from_secs(30), |_| true).await?;
+            namespaces.push(ns.clone());
+            ns.await_account().await?;
         }
         match tokio::time::timeout(TEST_DEADLINE, test(&namespaces)).await {
             Ok(result) => result,

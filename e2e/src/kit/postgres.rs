@@ -37,9 +37,9 @@ const IS_FROZEN: &str = "SELECT EXISTS (SELECT FROM pg_stat_activity JOIN pg_loc
     WHERE application_name = 'sts-backup-frozen' \
     AND relation = 'pg_class'::regclass AND mode = 'ShareLock' AND granted)";
 
-const WRITER_WAITS: &str = "SELECT EXISTS (SELECT FROM pg_stat_activity writer JOIN pg_stat_activity freeze \
-    ON freeze.pid = ANY (pg_blocking_pids(writer.pid)) \
-    WHERE freeze.application_name = 'sts-backup-frozen' \
+const WRITER_WAITS: &str = "SELECT EXISTS (SELECT FROM pg_stat_activity writer JOIN pg_stat_activity holder \
+    ON holder.pid = ANY (pg_blocking_pids(writer.pid)) \
+    WHERE holder.application_name = 'sts-backup-frozen' \
     AND writer.wait_event_type = 'Lock' AND writer.query LIKE 'INSERT INTO load %')";
 
 const START_SCRIPT: &str = include_str!("postgres.sh");

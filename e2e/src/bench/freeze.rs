@@ -1,0 +1,254 @@
+//! How long a backup of ten claims freezes its application.
+//!
+//! The control is the least that is possible: the same ten `VolumeSnapshots`, created at once by hand, until all of
+//! them are seen to be cut. Both are measured in turns, several times, and the medians compared; then again with
+//! snapshots that become ready 20 s after their cut, which must make no difference.
+
+use std::pin::pin;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use futures::StreamExt;
+use futures::future::try_join_all;
+use k8s_openapi::api::apps::v1::StatefulSet;
+use kube::api::{DeleteParams, ListParams, PostParams};
+use kube::runtime::{WatchStreamExt, watcher};
+use kube::{Api, ResourceExt};
+use serde::Serialize;
+use serde_json::json;
+use sts_backup_api::backup::StatefulSetBackupSpec;
+use sts_backup_api::points::is_cut;
+use sts_backup_api::run::RunRecord;
+use sts_backup_api::snapshot::VolumeSnapshot;
+use tokio::time::Instant;
+
+use crate::condition::{await_condition, await_none, statefulset_ready};
+use crate::harness::clusters::cluster_name;
+use crate::kit::agent::Agent;
+use crate::kit::class::create_snapshot_class;
+use crate::kit::snapshot::take_snapshot;
+use crate::kit::{Backup, Cluster, Namespace};
+
+const CLAIMS: i32 = 10;
+
+/// Rounds of each kind; the median counts.
+const ROUNDS: usize = 7;
+
+/// How long the agent is watched while it has nothing to do.
+const IDLE: Duration = Duration::from_mins(1);
+
+/// What was measured. Times are medians.
+#[derive(Debug, Serialize)]
+pub struct Figures {
+    bench: &'static str,
+    /// Claims, each of a pod of its own with a hook.
+    pvcs: i32,
+    /// From the first preBackupHook to the last cut, as the agent records it.
+    freeze_ms: i64,
+    /// From the first creation by hand to the last cut.
+    raw_ms: i64,
+    ratio: f64,
+    /// From the first to the last cut by the storage's clock.
+    cut_spread_ms: i64,
+    /// The same where snapshots are ready 20 s after their cut.
+    ready_20s: Ready20s,
+    /// The whole run by the agent's record.
+    run_ms: i64,
+    agent_rss_mib: f64,
+    agent_idle_cpu_percent: f64,
+    agent_cpu_ms_per_run: f64,
+    /// The machine's load average over the last minute, before the bench.
+    load: f64,
+}
+
+#[derive(Debug, Serialize)]
+struct Ready20s {
+    freeze_ms: i64,
+    raw_ms: i64,
+    ratio: f64,
+}
+
+/// Runs the bench in the first cluster.
+///
+/// # Errors
+/// When the cluster or the agent in it does not do its part.
+pub async fn run() -> Result<Figures> {
+    let load = load_average()?;
+    let cluster = Cluster::connect(&cluster_name(1)).await?;
+    let agent = Agent::shared(&cluster);
+    let leader = agent.await_leader(None).await?;
+    let ns = Namespace::fresh(&cluster, "bench-freeze").await?;
+    deploy(&ns).await?;
+
+    eprintln!("  · {ROUNDS} rounds by hand and by the agent, in turns");
+    let before = Usage::of(&agent, &leader).await?;
+    let (raw, runs) = rounds(&ns, "fast", "stsb-e2e").await?;
+    let after = Usage::of(&agent, &leader).await?;
+    eprintln!("  · the same with snapshots that are ready 20 s after the cut");
+    let slow = create_snapshot_class(&ns, &[("readyDelay", "20s")]).await?;
+    let (slow_raw, slow_runs) = rounds(&ns, "slow", &slow).await?;
+
+    eprintln!("  · the agent at rest, for {} s", IDLE.as_secs());
+    let resting = Usage::of(&agent, &leader).await?;
+    tokio::time::sleep(IDLE).await;
+    let rested = Usage::of(&agent, &leader).await?;
+
+    let freezes = |runs: &[RunRecord]| median(runs.iter().filter_map(|run| run.freeze_ms).collect());
+    let (freeze_ms, raw_ms) = (freezes(&runs), median(raw));
+    let (slow_freeze_ms, slow_raw_ms) = (freezes(&slow_runs), median(slow_raw));
+    Ok(Figures {
+        bench: "freeze",
+        pvcs: CLAIMS,
+        freeze_ms,
+        raw_ms,
+        ratio: ratio(freeze_ms, raw_ms),
+        cut_spread_ms: median(runs.iter().filter_map(|run| run.cut_skew_ms).collect()),
+        ready_20s: Ready20s {
+            freeze_ms: slow_freeze_ms,
+            raw_ms: slow_raw_ms,
+            ratio: ratio(slow_freeze_ms, slow_raw_ms),
+        },
+        run_ms: median(runs.iter().map(|run| run.duration_ms).collect()),
+        agent_rss_mib: rounded(after.rss_bytes / f64::from(1 << 20)),
+        agent_idle_cpu_percent: rounded(
+            (rested.cpu_seconds - resting.cpu_seconds) / IDLE.as_secs_f64() * 100.0,
+        ),
+        agent_cpu_ms_per_run: rounded(
+            (after.cpu_seconds - before.cpu_seconds) * 1000.0 / f64::from(u32::try_from(runs.len())?),
+        ),
+        load,
+    })
+}
+
+/// Ten pods that do nothing, each with a claim.
+async fn deploy(ns: &Namespace) -> Result<()> {
+    let set = json!({
+        "metadata": { "name": "app" },
+        "spec": {
+            "replicas": CLAIMS,
+            "serviceName": "app",
+            "podManagementPolicy": "Parallel",
+            "selector": { "matchLabels": { "app": "app" } },
+            "template": {
+                "metadata": { "labels": { "app": "app" } },
+                "spec": {
+                    "terminationGracePeriodSeconds": 0,
+                    "containers": [{
+                        "name": "app",
+                        "image": ns.cluster().images().shell,
+                        "imagePullPolicy": "Never",
+                        "command": ["sleep", "infinity"],
+                        "volumeMounts": [{ "name": "data", "mountPath": "/data" }],
+                    }],
+                },
+            },
+            "volumeClaimTemplates": [{
+                "metadata": { "name": "data" },
+                "spec": {
+                    "accessModes": ["ReadWriteOnce"],
+                    "storageClassName": "stsb-e2e",
+                    "resources": { "requests": { "storage": "64Mi" } },
+                },
+            }],
+        },
+    });
+    let sets: Api<StatefulSet> = ns.api();
+    sets.create(&PostParams::default(), &serde_json::from_value(set)?).await?;
+    await_condition(&sets, "app", "ready", Duration::from_mins(3), statefulset_ready(CLAIMS)).await?;
+    Ok(())
+}
+
+/// Takes turns; returns the times by hand in milliseconds, and the agent's runs.
+async fn rounds(ns: &Namespace, name: &str, class: &str) -> Result<(Vec<i64>, Vec<RunRecord>)> {
+    let mut spec = StatefulSetBackupSpec::new("app");
+    spec.volume_snapshot_class_name = Some(class.to_owned());
+    let hook = json!({ "command": ["true"] });
+    spec.pre_backup_hook = Some(serde_json::from_value(hook.clone())?);
+    spec.post_backup_hook = Some(serde_json::from_value(hook)?);
+    // The run at creation fills the caches of all parts, and does not count.
+    let backup = Backup::create(ns, name, spec).await?;
+    backup.await_runs(1).await?;
+
+    let (mut raw, mut runs) = (Vec::new(), Vec::new());
+    for round in 1..=ROUNDS {
+        forget_snapshots(ns).await?;
+        raw.push(by_hand(ns, &format!("{name}-{round}"), class).await?);
+        forget_snapshots(ns).await?;
+        backup.request(&format!("round {round}")).await?;
+        let run = backup.await_runs(round + 1).await?;
+        ensure!(run.freeze_ms.is_some(), "run {} did not freeze: {}", run.id, run.message);
+        runs.push(run);
+    }
+    forget_snapshots(ns).await?;
+    Ok((raw, runs))
+}
+
+/// Creates a snapshot of each claim at once; the milliseconds until all are seen to be cut.
+async fn by_hand(ns: &Namespace, prefix: &str, class: &str) -> Result<i64> {
+    let snapshots: Api<VolumeSnapshot> = ns.api();
+    let mut changes =
+        pin!(watcher(snapshots, watcher::Config::default()).default_backoff().applied_objects());
+    let began = Instant::now();
+    let names: Vec<_> = (0..CLAIMS).map(|ordinal| format!("{prefix}-{ordinal}")).collect();
+    let claims: Vec<_> = (0..CLAIMS).map(|ordinal| format!("data-app-{ordinal}")).collect();
+    let creating = names.iter().zip(&claims).map(|(name, claim)| take_snapshot(ns, name, claim, class));
+    let mut uncut: Vec<_> = names.clone();
+    let cutting = async {
+        while !uncut.is_empty() {
+            let snapshot = changes.next().await.context("a watch does not end")??;
+            if is_cut(&snapshot) {
+                uncut.retain(|name| *name != snapshot.name_any());
+            }
+        }
+        anyhow::Ok(began.elapsed())
+    };
+    let (_, took) = tokio::try_join!(try_join_all(creating), cutting)?;
+    Ok(i64::try_from(took.as_millis())?)
+}
+
+/// Deletes every snapshot and waits until none is left: the next round starts as this one did.
+async fn forget_snapshots(ns: &Namespace) -> Result<()> {
+    let snapshots: Api<VolumeSnapshot> = ns.api();
+    snapshots.delete_collection(&DeleteParams::default(), &ListParams::default()).await?;
+    await_none(&snapshots, "snapshots", Duration::from_mins(2), |_| true).await?;
+    Ok(())
+}
+
+/// What the agent has used.
+struct Usage {
+    rss_bytes: f64,
+    cpu_seconds: f64,
+}
+
+impl Usage {
+    async fn of(agent: &Agent, pod: &str) -> Result<Self> {
+        let metrics = agent.get(pod, "/metrics").await?;
+        let value = |name: &str| -> Result<f64> {
+            let line = metrics.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+            Ok(line.with_context(|| format!("the agent's metrics have no {name}"))?.parse()?)
+        };
+        Ok(Self {
+            rss_bytes: value("process_resident_memory_bytes")?,
+            cpu_seconds: value("process_cpu_seconds_total")?,
+        })
+    }
+}
+
+fn load_average() -> Result<f64> {
+    let text = std::fs::read_to_string("/proc/loadavg").context("read /proc/loadavg")?;
+    Ok(text.split(' ').next().context("/proc/loadavg is empty")?.parse()?)
+}
+
+fn median(mut values: Vec<i64>) -> i64 {
+    values.sort_unstable();
+    values.get(values.len() / 2).copied().unwrap_or_default()
+}
+
+#[expect(clippy::cast_precision_loss, reason = "milliseconds of a bench")]
+fn ratio(of: i64, to: i64) -> f64 {
+    rounded(of as f64 / to as f64)
+}
+
+fn rounded(value: f64) -> f64 {
+    (value * 100.0).round() / 100.0
+}
