@@ -28,7 +28,7 @@ const NEVER: u32 = 600;
 const SLOW_CUT: (&str, &str) = ("cutDelay", "5s");
 
 /// Longer than a test lets a freeze last, and so the time that its snapshots take to be deleted.
-const LATE_CUT: (&str, &str) = ("cutDelay", "15s");
+const LATE_CUT: (&str, &str) = ("cutDelay", "10s");
 
 #[tokio::test]
 #[ignore = "needs clusters: cargo e2e test"]

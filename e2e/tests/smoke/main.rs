@@ -4,6 +4,9 @@
 
 mod agent;
 mod backups;
+mod backups_hooks;
+mod backups_preflight;
+mod backups_runs;
 mod chart;
 mod clusters;
 mod conformance;
