@@ -5,6 +5,7 @@
 mod agent;
 mod backup_api;
 mod backups;
+mod backups_faults;
 mod backups_hooks;
 mod backups_preflight;
 mod backups_runs;
