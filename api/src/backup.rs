@@ -198,7 +198,7 @@ impl StatefulSetRef {
 #[serde(rename_all = "camelCase")]
 pub struct Hook {
     /// The program and its arguments; no shell is involved unless it is named.
-    #[schemars(length(min = 1, max = 64), inner(length(max = 16384)))]
+    #[schemars(length(min = 1, max = 32), inner(length(max = 8192)))]
     pub command: Vec<String>,
     /// The container; absent: the one that the annotation kubectl.kubernetes.io/default-container names, else
     /// the first.

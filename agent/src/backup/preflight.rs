@@ -313,7 +313,7 @@ fn pods(
             name: pod.name_any(),
             uid: pod.uid().unwrap_or_default(),
             freeze_container: freeze.as_ref().and_then(&mut container),
-            freeze_may_run_until: freeze
+            hooks_may_run_until: freeze
                 .as_ref()
                 .map(|hook| MicroTime(later(now, START_WITHIN + hook.timeout()))),
             thaw: thaw.as_ref().and_then(&mut container).map(|container| ThawDuty {

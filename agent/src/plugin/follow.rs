@@ -5,8 +5,7 @@ use sts_backup_api::backup::StatefulSetBackup;
 use sts_backup_api::conditions::{self, NAMESPACE_NOT_GRANTED, STATEFUL_SET_NOT_FOUND};
 use sts_backup_api::names::REQUESTED_AT_ANNOTATION;
 use sts_backup_api::run::{
-    CurrentRun, Due, RecoveryPoint, RunId, RunPod, RunRecord, RunResult, RunStep, Slot, SnapshotState,
-    ThawState,
+    CurrentRun, Due, RecoveryPoint, RunPod, RunRecord, RunResult, RunStep, Slot, SnapshotState, ThawState,
 };
 
 use super::table::span;
@@ -30,11 +29,6 @@ impl Asked {
     /// The run that the annotation asks the object with that uid for.
     pub(super) fn new(uid: &str, annotation: &str) -> Self {
         Self { uid: uid.to_owned(), annotation: annotation.to_owned(), slot: Slot::request(annotation) }
-    }
-
-    /// The id of the first attempt.
-    pub(super) fn run_id(&self) -> RunId {
-        RunId::new(&self.uid, &self.slot)
     }
 
     fn is(&self, slot: &Slot) -> bool {

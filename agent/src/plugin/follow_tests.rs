@@ -183,9 +183,3 @@ fn the_point_line_has_what_is_known() {
     assert_eq!(point_line(&record, Some(&point)), "recovery point run-1: 3/3 volumes, Application");
     assert_eq!(point_line(&record, None), "recovery point run-1: 3/3 volumes");
 }
-
-#[test]
-fn the_id_is_the_one_that_the_agent_will_use() {
-    assert_eq!(asked().run_id(), RunId::new("uid-1", &Slot::request(VALUE)));
-    assert!(asked().run_id().as_str().starts_with("20260203-020000-"));
-}
