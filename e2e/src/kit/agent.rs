@@ -200,14 +200,16 @@ impl Agent {
     /// When it is not within half a minute, or no pod leads.
     pub async fn await_metrics(&self, what: &str, wanted: impl Fn(&str) -> bool) -> Result<String> {
         let shown = Mutex::new(String::new());
-        until(what, async || {
+        let told = until(what, async || {
             let metrics = self.get(&self.await_leader(None).await?, "/metrics").await?;
             let is_wanted = wanted(&metrics);
             *shown.lock().await = metrics;
             Ok(is_wanted)
-        })
-        .await?;
-        Ok(shown.into_inner())
+        });
+        let told = told.await;
+        let shown = shown.into_inner();
+        told.with_context(|| format!("the metrics are {shown}"))?;
+        Ok(shown)
     }
 
     /// The logs of all its pods.

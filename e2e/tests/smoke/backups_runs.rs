@@ -158,7 +158,7 @@ async fn metrics_tell_of_the_runs_of_a_backup_as_long_as_it_exists() -> Result<(
             format!("sts_backup_success_total{labels} 1"),
             format!("sts_backup_failure_total{labels} 1"),
             format!("sts_backup_duration_seconds_count{labels} 2"),
-            format!("sts_backup_freeze_seconds_count{labels} 1"),
+            format!("sts_backup_freeze_seconds_count{labels} 2"),
             format!("sts_backup_last_status{labels} 0.0"),
             format!("sts_backup_recovery_points{labels} 1.0"),
         ];
