@@ -168,7 +168,8 @@ async fn metrics_tell_of_the_runs_of_a_backup_as_long_as_it_exists() -> Result<(
         let timestamp = format!("sts_backup_last_successful_timestamp_seconds{labels} ");
         let told = metrics.lines().find_map(|line| line.strip_prefix(&timestamp));
         let told: f64 = told.context("no time of the last success")?.parse()?;
-        ensure!(format!("{told:.0}") == format!("{:.0}", success.0.as_second()), "{told} is not {success:?}");
+        let milliseconds = format!("{:.0}", told * 1000.0);
+        ensure!(milliseconds == success.0.as_millisecond().to_string(), "{told} is not {success:?}");
 
         backup.remove().await?;
         agent.await_metrics("its series are gone", |metrics| !metrics.contains(ns.name())).await?;
