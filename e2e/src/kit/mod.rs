@@ -11,6 +11,7 @@
 //! The kit only uses a cluster: it neither makes nor changes one (the harness does).
 
 pub mod agent;
+mod app;
 pub mod backend;
 mod backup;
 pub mod claim;
@@ -22,6 +23,7 @@ pub mod helm;
 pub mod hooks;
 mod load;
 pub mod local_agent;
+pub mod manifest;
 mod namespace;
 pub mod pod;
 mod poll;
@@ -32,6 +34,7 @@ mod report;
 pub mod shell;
 pub mod snapshot;
 
+pub use app::App;
 pub use backup::Backup;
 pub use cluster::Cluster;
 pub use load::WriteLoad;
