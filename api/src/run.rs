@@ -131,7 +131,7 @@ pub struct CurrentRun {
     /// When the last snapshot was seen to be cut.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cut_at: Option<MicroTime>,
-    /// From the first preBackupHook to the last cut, milliseconds.
+    /// From the first preBackupHook to the last cut, or to the failure before it, milliseconds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub freeze_ms: Option<i64>,
     /// From the first to the last cut by the storage's clocks, milliseconds.
@@ -261,7 +261,8 @@ pub struct RunRecord {
     pub started: MicroTime,
     /// From the record to the end, milliseconds.
     pub duration_ms: i64,
-    /// From the first preBackupHook to the last cut, milliseconds; absent without a preBackupHook.
+    /// From the first preBackupHook to the last cut, or to the failure before it, milliseconds; absent without a
+    /// preBackupHook.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub freeze_ms: Option<i64>,
     /// From the first to the last cut by the storage's clocks, milliseconds.

@@ -14,7 +14,7 @@ use sts_backup_api::backup::StatefulSetBackup;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use tracing::debug;
+use tracing::{debug, warn};
 
 use super::metrics::BackupMetrics;
 use super::status::Note;
@@ -97,7 +97,7 @@ impl Context {
         let namespace = backup.namespace().unwrap_or_default();
         let event = Event {
             metadata: ObjectMeta {
-                generate_name: Some(format!("{}.", backup.name_any())),
+                generate_name: Some(format!("{}-", backup.name_any())),
                 ..ObjectMeta::default()
             },
             event_time: Some(MicroTime(clock::now())),
@@ -114,9 +114,13 @@ impl Context {
         self.tasks.spawn(async move {
             let created =
                 tokio::time::timeout(EVENT_TIMEOUT, events.create(&PostParams::default(), &event)).await;
-            // In a namespace that is being deleted no Event can be created.
-            if let Ok(Err(err)) = created {
-                debug!(error = %telemetry::chain(&err), "event not published");
+            match created {
+                Ok(Ok(_)) | Err(_) => {}
+                // As in a namespace that is being deleted.
+                Ok(Err(kube::Error::Api(status))) if status.code == 403 || status.code == 404 => {
+                    debug!(reason, "event not published");
+                }
+                Ok(Err(err)) => warn!(error = %telemetry::chain(&err), reason, "event not published"),
             }
         });
     }

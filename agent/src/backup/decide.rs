@@ -339,9 +339,9 @@ pub(super) fn after_thaw(pod: &RunPod, attempt: &ThawAttempt, hook: &Hook, now: 
             Some(reason)
         }
         // The hook is no thaw here: nothing was frozen.
-        ThawAttempt::Ran(Outcome::Failed { reason } | Outcome::NotStarted { reason })
-            if pod.freeze_container.is_none() =>
-        {
+        ThawAttempt::Ran(
+            Outcome::Failed { reason } | Outcome::NotStarted { reason } | Outcome::Unknown { reason },
+        ) if pod.freeze_container.is_none() => {
             thaw.state = ThawState::GivenUp;
             Some(reason)
         }

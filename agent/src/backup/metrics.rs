@@ -162,7 +162,11 @@ impl Collector for Scrape {
         }
         for (name, help, family) in [
             ("sts_backup_duration_seconds", "From a run's begin to its end", durations),
-            ("sts_backup_freeze_seconds", "From the first preBackupHook to the last cut", freezes),
+            (
+                "sts_backup_freeze_seconds",
+                "From the first preBackupHook to the last cut, or to the failure before it",
+                freezes,
+            ),
         ] {
             family.encode(encoder.encode_descriptor(name, help, None, MetricType::Histogram)?)?;
         }

@@ -240,6 +240,10 @@ async fn read_target(client: &Client, namespace: &str, name: &str) -> Result<Tar
     };
     let pods =
         pods.into_iter().filter(owned).filter_map(|pod| Some((ordinal_of(&pod.name_any(), name)?, pod)));
+    let pods: BTreeMap<i32, Pod> = pods.collect();
+    // The status of the set lags behind a pod that was just deleted.
+    let is_ending = |pod: &Pod| pod.metadata.deletion_timestamp.is_some();
+    let settled = is_settled(&set) && !pods.values().any(is_ending);
     let classes = classes.into_iter().map(|class| ClassFacts {
         is_default: class.annotations().get(DEFAULT_CLASS_ANNOTATION).is_some_and(|value| value == "true"),
         name: class.name_any(),
@@ -249,9 +253,9 @@ async fn read_target(client: &Client, namespace: &str, name: &str) -> Result<Tar
     Ok(Target::Read(Box::new(TargetFacts {
         replicas: spec.and_then(|spec| spec.replicas).unwrap_or(1),
         start: spec.and_then(|spec| spec.ordinals.as_ref()?.start).unwrap_or(0),
-        settled: is_settled(&set),
+        settled,
         templates,
-        pods: pods.collect(),
+        pods,
         claims,
         classes: classes.collect(),
     })))

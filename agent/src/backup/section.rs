@@ -332,13 +332,14 @@ impl Section {
 
     fn frozen_too_long(&self, what: &str) -> Failure {
         let spec = &self.backup.spec;
-        let message = match spec.pre_backup_hook {
-            Some(_) => {
-                format!("{what} within maxFreezeSeconds ({}); the pods are thawed", spec.max_freeze_seconds)
-            }
-            None => format!("{what} within snapshotTimeoutSeconds ({})", spec.snapshot_timeout_seconds),
-        };
-        fail("FrozenTooLong", message)
+        if spec.pre_backup_hook.is_some() {
+            let message =
+                format!("{what} within maxFreezeSeconds ({}); the pods are thawed", spec.max_freeze_seconds);
+            fail("FrozenTooLong", message)
+        } else {
+            let message = format!("{what} within snapshotTimeoutSeconds ({})", spec.snapshot_timeout_seconds);
+            fail("SnapshotNotCut", message)
+        }
     }
 
     fn note(&self, note: Note) {

@@ -7,12 +7,15 @@ use sts_backup_api::conditions::{
 };
 use sts_backup_api::points::recovery_points;
 use sts_backup_api::run::{
-    CurrentRun, RecoveryPoint, RunRecord, RunResult, RunStep, SnapshotState, ThawState, request_key,
+    CurrentRun, RecoveryPoint, RunPod, RunRecord, RunResult, RunStep, SnapshotState, ThawState, request_key,
 };
 use sts_backup_api::snapshot::VolumeSnapshot;
 
 use super::decide::{BackupStep, Idle, Wait};
 use super::observe::{BackupFacts, Target};
+
+/// The thaw of a pod failed, and its user said to let it be.
+const THAW_GIVEN_UP: &str = "ThawGivenUp";
 
 /// The status after the step is written down, and before it is done.
 pub(super) fn next_status(facts: &BackupFacts, step: &BackupStep, now: Timestamp) -> StatefulSetBackupStatus {
@@ -132,8 +135,9 @@ fn set_conditions(
         } else {
             set(PROGRESSING, (false, "Idle", "no run is under way"));
         }
-        // A run ends only when nothing is owed to any pod.
-        if conditions::find(&facts.status.conditions, THAWED).is_some() {
+        // A run ends only when nothing is owed to any pod. What was given up stays said until the next freeze.
+        let thawed = conditions::find(&facts.status.conditions, THAWED);
+        if thawed.is_some_and(|thawed| thawed.reason != THAW_GIVEN_UP) {
             set(THAWED, (true, "Thawed", "nothing is owed to any pod"));
         }
     }
@@ -188,6 +192,9 @@ fn thaw_state(run: &CurrentRun) -> Option<(bool, &'static str, String)> {
         .filter(|(_, thaw)| owed(thaw.state))
         .collect();
     let names = |pods: &[&String]| pods.iter().map(|name| name.as_str()).collect::<Vec<_>>().join(", ");
+    let frozen = run.pods.iter().filter(|pod| pod.freeze_container.is_some());
+    let is_given_up = |pod: &&RunPod| pod.thaw.as_ref().is_some_and(|thaw| thaw.state == ThawState::GivenUp);
+    let given_up: Vec<_> = frozen.filter(is_given_up).map(|pod| &pod.name).collect();
     let failed: Vec<_> = owing.iter().filter(|(_, thaw)| thaw.failures > 0).collect();
     match run.step {
         RunStep::Preflight => None,
@@ -211,6 +218,13 @@ fn thaw_state(run: &CurrentRun) -> Option<(bool, &'static str, String)> {
                 "ThawDue",
                 format!("owed once more, as a preBackupHook may still run: {}", names(&pods)),
             ))
+        }
+        RunStep::Thawing | RunStep::Readying | RunStep::CleaningUp if !given_up.is_empty() => {
+            let message = format!(
+                "the postBackupHook failed in {} and is not repeated, as its onError says: look whether it is frozen",
+                names(&given_up)
+            );
+            Some((false, THAW_GIVEN_UP, message))
         }
         RunStep::Thawing | RunStep::Readying | RunStep::CleaningUp => {
             Some((true, "Thawed", "nothing is owed to any pod".to_owned()))
