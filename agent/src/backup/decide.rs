@@ -18,7 +18,7 @@ use sts_backup_api::run::{
 };
 
 use super::observe::{BackupFacts, Target};
-use super::preflight::{Problem, plan};
+use super::preflight::{Problem, may_heal, plan};
 use crate::hooks::Outcome;
 
 /// How long a run waits for a `StatefulSet` that is still starting, as when both were created together.
@@ -137,7 +137,8 @@ fn due_slot(facts: &BackupFacts) -> Option<Slot> {
     }
 }
 
-fn new_run(uid: &str, slot: Slot, now: Timestamp) -> CurrentRun {
+/// A run of which nothing is decided yet.
+pub(super) fn new_run(uid: &str, slot: Slot, now: Timestamp) -> CurrentRun {
     CurrentRun {
         id: RunId::new(uid, &slot, now),
         slot,
@@ -173,7 +174,7 @@ fn after_preflight(facts: &BackupFacts, run: &CurrentRun, now: Timestamp) -> Bac
         Err(problems) => problems,
     };
     let deadline = later(run.started.0, PATIENCE);
-    if !target.settled && now < deadline && problems.iter().all(|problem| problem.kind.may_heal()) {
+    if now < deadline && may_heal(target, &problems) {
         return BackupStep::Wait {
             why: Wait::StatefulSet { missing: said(&problems) },
             until: Some(deadline),

@@ -5,11 +5,11 @@
 
 mod context;
 mod decide;
-mod error;
+pub(crate) mod error;
 mod metrics;
-mod observe;
+pub(crate) mod observe;
 mod perform;
-mod preflight;
+pub(crate) mod preflight;
 mod section;
 mod snapshot;
 mod status;

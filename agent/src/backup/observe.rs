@@ -71,7 +71,7 @@ impl BackupFacts {
 
 /// The `StatefulSet`, as far as it was looked at.
 #[derive(Clone, Debug)]
-pub(super) enum Target {
+pub(crate) enum Target {
     /// It was not looked at.
     Unread,
     /// It is in another namespace.
@@ -86,7 +86,7 @@ pub(super) enum Target {
 
 /// What a run needs to know of a `StatefulSet`.
 #[derive(Clone, Debug)]
-pub(super) struct TargetFacts {
+pub(crate) struct TargetFacts {
     pub(super) replicas: i32,
     /// The ordinal of the first replica.
     pub(super) start: i32,
@@ -196,7 +196,8 @@ async fn find_target(client: &Client, namespace: &str, name: &str) -> Result<Tar
     Ok(if found.is_some() { Target::Exists } else { Target::Missing })
 }
 
-async fn read_target(client: &Client, namespace: &str, name: &str) -> Result<Target> {
+/// Reads the `StatefulSet` with all that a run of it needs to know.
+pub(crate) async fn read_target(client: &Client, namespace: &str, name: &str) -> Result<Target> {
     let sets: Api<StatefulSet> = Api::namespaced(client.clone(), namespace);
     let pods: Api<Pod> = Api::namespaced(client.clone(), namespace);
     let claims: Api<PersistentVolumeClaim> = Api::namespaced(client.clone(), namespace);

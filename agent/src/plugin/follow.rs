@@ -73,7 +73,7 @@ pub(super) fn progress(backup: Option<&StatefulSetBackup>, asked: &Asked) -> Pro
     let status = backup.status.as_ref();
     let current = status.and_then(|status| status.current_run.as_ref());
     if let Some(run) = current.filter(|run| asked.is(&run.slot)) {
-        return Progress::Goes(progress_line(run));
+        return Progress::Goes(how_far(backup, run));
     }
 
     let ended = status.iter().flat_map(|status| &status.history).filter(|run| asked.is(&run.slot));
@@ -97,9 +97,23 @@ pub(super) fn progress(backup: Option<&StatefulSetBackup>, asked: &Asked) -> Pro
         return Progress::CannotStart { reason: reason.to_owned(), message: message.to_owned() };
     }
     Progress::Goes(match current {
-        Some(other) => format!("waiting for run {} to end, which is at: {}", other.id, progress_line(other)),
-        None => WAITING.to_owned(),
+        Some(other) => {
+            format!("waiting for run {} to end, which is at: {}", other.id, how_far(backup, other))
+        }
+        None => waiting(backup).unwrap_or(WAITING).to_owned(),
     })
+}
+
+/// How far the run under way is, or what it waits for.
+fn how_far(backup: &StatefulSetBackup, run: &CurrentRun) -> String {
+    let waits = waiting(backup).filter(|_| run.step == RunStep::Preflight);
+    waits.map_or_else(|| progress_line(run), str::to_owned)
+}
+
+/// What a run waits for before it touches anything, in the agent's words.
+fn waiting(backup: &StatefulSetBackup) -> Option<&str> {
+    let progressing = conditions::find(&backup.status.as_ref()?.conditions, conditions::PROGRESSING)?;
+    ["Queued", "WaitingForStatefulSet"].contains(&progressing.reason.as_str()).then_some(&progressing.message)
 }
 
 /// How far a run is, in one line that changes only when something has happened.
