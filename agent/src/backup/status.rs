@@ -211,13 +211,14 @@ fn thaw_state(run: &CurrentRun) -> Option<(bool, &'static str, String)> {
             );
             Some((false, "ThawFailed", message))
         }
+        RunStep::Thawing if owing.iter().any(|(_, thaw)| thaw.not_before.is_none()) => Some((
+            false,
+            "Frozen",
+            format!("run {} ended before its pods were thawed; they are next", run.id),
+        )),
         RunStep::Thawing if !owing.is_empty() => {
             let pods: Vec<_> = owing.iter().map(|(name, _)| *name).collect();
-            Some((
-                false,
-                "ThawDue",
-                format!("owed once more, as a preBackupHook may still run: {}", names(&pods)),
-            ))
+            Some((false, "ThawDue", format!("owed once more, as a hook may still run: {}", names(&pods))))
         }
         RunStep::Thawing | RunStep::Readying | RunStep::CleaningUp if !given_up.is_empty() => {
             let message = format!(
