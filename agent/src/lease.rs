@@ -45,8 +45,10 @@ impl LeaseError {
     /// Whether our copy of the lease is older than the API server's.
     fn is_stale_copy(&self) -> bool {
         match self {
-            Self::Request { source: kube::Error::Api(status), .. } => {
-                status.is_conflict() || status.is_not_found() || status.is_already_exists()
+            Self::Request { verb, source: kube::Error::Api(status) } => {
+                // A create is told so of a namespace that does not exist.
+                let is_gone = status.is_not_found() && *verb != "create";
+                status.is_conflict() || is_gone || status.is_already_exists()
             }
             Self::Request { .. } | Self::Timeout { .. } => false,
         }

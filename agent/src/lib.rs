@@ -1,5 +1,4 @@
-//! The agent: turns `StatefulSetBackup` and `StatefulSetRestore` objects of its own cluster into CSI
-//! snapshots and back.
+//! The agent: turns the `StatefulSetBackup` objects of its own cluster into CSI snapshots.
 //!
 //! It may depend on `sts-backup-api`, never on the hub: the two meet only in the link protocol.
 //!

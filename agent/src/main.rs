@@ -18,8 +18,7 @@ use sts_backup_agent::telemetry::{self, chain};
 const BAD_CONFIGURATION: u8 = 2;
 const FAILED: u8 = 1;
 
-/// Backs up and restores the StatefulSets of the cluster that it runs in, as StatefulSetBackup and
-/// StatefulSetRestore objects say.
+/// Backs up the StatefulSets of the cluster that it runs in, as StatefulSetBackup objects say.
 #[derive(Debug, Parser)]
 #[command(version, about, long_about = None)]
 #[expect(clippy::doc_markdown, reason = "the comment is a help text, which is plain")]

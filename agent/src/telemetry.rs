@@ -12,9 +12,9 @@ use tracing_subscriber::filter::ParseError;
 use crate::config::LogFormat;
 
 /// Silences kube's client, whatever else is logged. It logs every failed request as ERROR, also those that are
-/// retried, while who handles the failure logs it; and its span has the URL, which for a hook holds the command, and
-/// so perhaps a secret.
-const QUIET: &str = "kube_client::client::builder=off";
+/// retried, while who handles the failure logs it; its span has the URL, which for a hook holds the command; and what
+/// it cannot read it logs whole, specs with their hooks included. A command may hold a secret.
+const QUIET: &str = "kube_client::client=off";
 
 /// The log could not be set up.
 #[derive(Debug, thiserror::Error)]

@@ -198,7 +198,7 @@ impl StatefulSetRef {
 #[serde(rename_all = "camelCase")]
 pub struct Hook {
     /// The program and its arguments; no shell is involved unless it is named.
-    #[schemars(length(min = 1, max = 64), inner(length(max = 16384)))]
+    #[schemars(length(min = 1, max = 32), inner(length(max = 8192)))]
     pub command: Vec<String>,
     /// The container; absent: the one that the annotation kubectl.kubernetes.io/default-container names, else
     /// the first.
@@ -211,8 +211,8 @@ pub struct Hook {
     pub timeout_seconds: i64,
     /// What a failure means. Fail: a failed preBackupHook ends the run before anything is snapshotted; a failed
     /// postBackupHook is repeated until it succeeds, in pods where a preBackupHook may have started. Continue: a
-    /// failed preBackupHook lowers the consistency of the recovery point; a failed postBackupHook is not
-    /// repeated.
+    /// failed preBackupHook lowers the consistency of the recovery point; a postBackupHook that ended with another
+    /// exit code than 0 is not repeated.
     #[serde(default)]
     pub on_error: OnError,
     /// The pods to run in: all of them, or the one with the lowest ordinal.
@@ -302,13 +302,13 @@ pub struct StatefulSetBackupStatus {
 /// One word for the state of a backup.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum Phase {
-    /// No run has ended yet, and none can start.
+    /// No run has begun yet.
     Pending,
     /// A run is under way.
     InProgress,
     /// The last run left a recovery point.
     Ready,
-    /// The last run failed, or the spec cannot be used.
+    /// The last run failed.
     Failed,
 }
 

@@ -89,7 +89,9 @@ fn number(snapshot: &VolumeSnapshot, name: &str) -> Option<i32> {
 
 fn time(snapshot: &VolumeSnapshot) -> Option<Timestamp> {
     let ordered = annotation(snapshot, TIME_ANNOTATION).and_then(|time| Timestamp::from_str(time).ok());
-    ordered.or_else(|| Some(snapshot.metadata.creation_timestamp.as_ref()?.0))
+    let time = ordered.or_else(|| Some(snapshot.metadata.creation_timestamp.as_ref()?.0))?;
+    // As a status keeps it: a point that is read again must not differ from itself.
+    Timestamp::from_microsecond(time.as_microsecond()).ok()
 }
 
 /// A quantity of bytes, rounded up to a whole one; what is no quantity gives nothing.

@@ -4,7 +4,6 @@
 #![allow(clippy::doc_markdown, reason = "kubectl explain shows these texts, and backticks as they are")]
 
 use std::fmt::{self, Display, Formatter};
-use std::str::FromStr;
 
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime;
@@ -21,20 +20,20 @@ use crate::names::short_hash;
 pub struct RunId(String);
 
 impl RunId {
-    /// The id of a run of the object with that uid: the same whenever it is asked for, so that a repeated
-    /// attempt meets its own snapshots instead of taking more.
+    /// The id of the run that the object with that uid begins at `started` for a slot. It is written down before
+    /// anything is done in its name, so that whoever repeats a step meets the same snapshots.
     ///
-    /// It starts with the slot's time where it has one, so that ids sort as people expect.
+    /// It begins with the time, so that ids sort as people expect. The time is also what tells it from an earlier run
+    /// that was asked for by the same value.
     #[must_use]
-    pub fn new(uid: &str, slot: &Slot) -> Self {
+    pub fn new(uid: &str, slot: &Slot, started: Timestamp) -> Self {
         let Slot { due, value, attempt } = slot;
         let due = match due {
             Due::Creation => "creation",
             Due::Request => "request",
         };
-        let prefix = Timestamp::from_str(value)
-            .map_or_else(|_| due.to_owned(), |time| time.strftime("%Y%m%d-%H%M%S").to_string());
-        Self(format!("{prefix}-{}", short_hash(&[uid, due, value, &attempt.to_string()])))
+        let hash = short_hash(&[uid, due, value, &attempt.to_string(), &started.to_string()]);
+        Self(format!("{}-{hash}", started.strftime("%Y%m%d-%H%M%S")))
     }
 
     /// The id as it is written.
@@ -132,7 +131,7 @@ pub struct CurrentRun {
     /// When the last snapshot was seen to be cut.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cut_at: Option<MicroTime>,
-    /// From the first preBackupHook to the last cut, milliseconds.
+    /// From the first preBackupHook to the last cut, or to the failure before it, milliseconds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub freeze_ms: Option<i64>,
     /// From the first to the last cut by the storage's clocks, milliseconds.
@@ -199,10 +198,10 @@ pub struct RunPod {
     /// this pod.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub freeze_container: Option<String>,
-    /// Until when its preBackupHook may still be running, as its end was not seen: a thaw before that time is
-    /// followed by another one after it.
+    /// Until when a hook may still be running whose end was not seen: a thaw before that time is followed by another
+    /// one after it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub freeze_may_run_until: Option<MicroTime>,
+    pub hooks_may_run_until: Option<MicroTime>,
     /// What is owed to it; absent: no postBackupHook runs in this pod.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub thaw: Option<ThawDuty>,
@@ -234,7 +233,7 @@ pub enum ThawState {
     Owed,
     /// The hook succeeded.
     Thawed,
-    /// The pod or its container is gone, and the freeze with it.
+    /// The pod is gone, and the freeze with it.
     Gone,
     /// The hook failed, and the spec says to go on.
     GivenUp,
@@ -262,7 +261,8 @@ pub struct RunRecord {
     pub started: MicroTime,
     /// From the record to the end, milliseconds.
     pub duration_ms: i64,
-    /// From the first preBackupHook to the last cut, milliseconds; absent without a preBackupHook.
+    /// From the first preBackupHook to the last cut, or to the failure before it, milliseconds; absent without a
+    /// preBackupHook.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub freeze_ms: Option<i64>,
     /// From the first to the last cut by the storage's clocks, milliseconds.
@@ -345,35 +345,31 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_run_id_starts_with_its_time_and_is_the_same_each_time() {
-        let slot = Slot::creation("2026-01-02T03:04:05Z".parse().unwrap());
-        let id = RunId::new("uid-1", &slot);
-        assert!(id.as_str().starts_with("20260102-030405-"), "{id}");
-        assert_eq!(id, RunId::new("uid-1", &slot));
-    }
-
-    #[test]
-    fn objects_occasions_and_attempts_have_run_ids_of_their_own() {
-        let creation = Slot::creation("2026-01-02T03:04:05Z".parse().unwrap());
-        let request = Slot::request("2026-01-02T03:04:05Z");
-        let again = Slot { attempt: 2, ..creation.clone() };
-        let ids = [
-            RunId::new("uid-1", &creation),
-            RunId::new("uid-2", &creation),
-            RunId::new("uid-1", &request),
-            RunId::new("uid-1", &again),
-        ];
-        for (at, id) in ids.iter().enumerate() {
-            assert!(!ids[..at].contains(id), "{ids:?}");
+    fn a_run_id_starts_with_its_time_and_is_a_label_value() {
+        let started = "2026-01-02T03:04:05.678Z".parse().unwrap();
+        for value in ["", "now", "böse Wörter!", &"x".repeat(100_000)] {
+            let id = RunId::new("uid", &Slot::request(value), started);
+            let legal = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-';
+            assert!(id.as_str().len() <= 63 && id.as_str().bytes().all(legal), "{id}");
+            assert!(id.as_str().starts_with("20260102-030405-"), "{id}");
         }
     }
 
     #[test]
-    fn any_annotation_gives_a_run_id_that_is_a_label_value() {
-        for value in ["", "now", "böse Wörter!", &"x".repeat(100_000)] {
-            let id = RunId::new("uid", &Slot::request(value));
-            let legal = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-';
-            assert!(id.as_str().len() <= 63 && id.as_str().bytes().all(legal), "{id}");
+    fn objects_occasions_attempts_and_times_have_run_ids_of_their_own() {
+        let started = "2026-01-02T03:04:05Z".parse().unwrap();
+        let creation = Slot::creation(started);
+        let request = Slot::request("2026-01-02T03:04:05Z");
+        let again = Slot { attempt: 2, ..creation.clone() };
+        let ids = [
+            RunId::new("uid-1", &creation, started),
+            RunId::new("uid-2", &creation, started),
+            RunId::new("uid-1", &request, started),
+            RunId::new("uid-1", &again, started),
+            RunId::new("uid-1", &request, "2026-01-02T03:04:05.1Z".parse().unwrap()),
+        ];
+        for (at, id) in ids.iter().enumerate() {
+            assert!(!ids[..at].contains(id), "{ids:?}");
         }
     }
 }

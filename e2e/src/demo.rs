@@ -36,7 +36,9 @@ pub async fn run(harness: &Harness) -> Result<()> {
     writeln!(out, "\nPostgreSQL, {REPLICAS} replicas, in namespace {NAMESPACE}")?;
     let database = Postgres::new(&ns, "db").replicas(REPLICAS);
     database.deploy().await?;
-    let mut load = try_join_all((0..3).map(|ordinal| WriteLoad::start(&database, ordinal))).await?;
+    let mut load =
+        try_join_all((0..REPLICAS.unsigned_abs()).map(|ordinal| WriteLoad::start(&database, ordinal)))
+            .await?;
     for load in &mut load {
         load.wait_until(100).await?;
     }
@@ -77,9 +79,9 @@ pub async fn run(harness: &Harness) -> Result<()> {
          export KUBECONFIG={}\n  \
          kubectl -n {NAMESPACE} get statefulsetbackups,volumesnapshots\n  \
          kubectl -n {NAMESPACE} describe statefulsetbackup db\n  \
-         cargo install --path agent --bin kubectl-stsbackup     # the kubectl plugin, docs/kubectl.md\n  \
-         kubectl stsbackup -n {NAMESPACE} run db --wait         # another backup\n  \
-         cargo e2e down                                         # takes everything away again",
+         cargo install --locked --path agent --bin kubectl-stsbackup\n  \
+         kubectl stsbackup -n {NAMESPACE} run db --wait\n  \
+         cargo e2e down",
         kubeconfig.display()
     )?;
     Ok(())
@@ -98,6 +100,7 @@ async fn follow(backup: &Backup, out: &mut impl Write) -> Result<StatefulSetBack
         let Ok(change) = change else { continue };
         let Some(status) = change.status else { continue };
         let progress = find(&status.conditions, PROGRESSING).map(|condition| condition.message.clone());
+        let progress = progress.filter(|_| status.current_run.is_some());
         if let Some(progress) = progress.filter(|progress| *progress != said) {
             writeln!(out, "  {progress}")?;
             said = progress;

@@ -5,7 +5,7 @@ use std::process::{ExitCode, Stdio};
 
 use anyhow::{Context, Result, bail};
 use clap::{Parser, Subcommand, ValueEnum};
-use sts_backup_e2e::harness::{Harness, clusters, machine};
+use sts_backup_e2e::harness::{Harness, clusters, images, machine};
 use sts_backup_e2e::kit::agent;
 use sts_backup_e2e::{bench, demo, dev};
 
@@ -60,6 +60,8 @@ enum Command {
     },
     /// Find, pull or build the node image, and print its name
     NodeImage,
+    /// Build the agent for release, and print the name and the file of an image of it, for docker load
+    AgentImage,
     /// Run a part of the product from the working tree
     Dev {
         #[command(subcommand)]
@@ -169,6 +171,13 @@ async fn run(command: Command) -> Result<ExitCode> {
             let harness = Harness::open()?;
             let _lock = harness.lock()?;
             println!("{}", clusters::make_node_image(&harness).await?);
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::AgentImage => {
+            let harness = Harness { release: true, ..Harness::open()? };
+            let _lock = harness.lock()?;
+            let archive = images::make_agent(&harness).await?;
+            println!("{} {}", archive.name, archive.path.display());
             Ok(ExitCode::SUCCESS)
         }
         Command::Dev { part: Part::Agent { cluster, arguments } } => {

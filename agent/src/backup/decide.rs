@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime;
-use sts_backup_api::backup::OnError;
+use sts_backup_api::backup::{Hook, OnError};
 use sts_backup_api::conditions::{DELETED, INTERRUPTED, STATEFUL_SET_NOT_FOUND};
 use sts_backup_api::points::{is_cut, is_ready};
 use sts_backup_api::run::{
@@ -18,7 +18,7 @@ use sts_backup_api::run::{
 };
 
 use super::observe::{BackupFacts, Target};
-use super::preflight::{Problem, plan};
+use super::preflight::{Problem, may_heal, plan};
 use crate::hooks::Outcome;
 
 /// How long a run waits for a `StatefulSet` that is still starting, as when both were created together.
@@ -61,6 +61,8 @@ pub(super) enum BackupStep {
 /// What a run waits for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Wait {
+    /// Another backup has a run of the same `StatefulSet`.
+    Queued { behind: String },
     /// The frozen section is under way.
     Section,
     /// The `StatefulSet` is starting.
@@ -110,8 +112,12 @@ fn without_run(facts: &BackupFacts, now: Timestamp) -> BackupStep {
     }
     match due_slot(facts) {
         None => idle(Idle::NothingDue),
-        Some(_) if !facts.has_finalizer => BackupStep::AddFinalizer,
-        Some(slot) => BackupStep::Begin(new_run(&facts.uid, slot, now)),
+        Some(slot) => match &facts.busy_with {
+            // Its thaw would end our freeze.
+            Some(other) => BackupStep::Wait { why: Wait::Queued { behind: other.clone() }, until: None },
+            None if facts.has_finalizer => BackupStep::Begin(new_run(&facts.uid, slot, now)),
+            None => BackupStep::AddFinalizer,
+        },
     }
 }
 
@@ -131,9 +137,10 @@ fn due_slot(facts: &BackupFacts) -> Option<Slot> {
     }
 }
 
-fn new_run(uid: &str, slot: Slot, now: Timestamp) -> CurrentRun {
+/// A run of which nothing is decided yet.
+pub(super) fn new_run(uid: &str, slot: Slot, now: Timestamp) -> CurrentRun {
     CurrentRun {
-        id: RunId::new(uid, &slot),
+        id: RunId::new(uid, &slot, now),
         slot,
         started: MicroTime(now),
         step: RunStep::Preflight,
@@ -167,7 +174,7 @@ fn after_preflight(facts: &BackupFacts, run: &CurrentRun, now: Timestamp) -> Bac
         Err(problems) => problems,
     };
     let deadline = later(run.started.0, PATIENCE);
-    if !target.settled && now < deadline && problems.iter().all(|problem| problem.kind.may_heal()) {
+    if now < deadline && may_heal(target, &problems) {
         return BackupStep::Wait {
             why: Wait::StatefulSet { missing: said(&problems) },
             until: Some(deadline),
@@ -274,7 +281,7 @@ fn clean_up(facts: &BackupFacts, run: &CurrentRun, now: Timestamp) -> BackupStep
 
 /// The run is going to fail: first what is owed to pods, then the clean-up.
 pub(super) fn failing(run: &CurrentRun, reason: &str, message: &str) -> CurrentRun {
-    let failure = Failure { reason: reason.to_owned(), message: message.to_owned() };
+    let failure = Failure { reason: reason.to_owned(), message: brief(message) };
     let owed = run.pods.iter().filter_map(|pod| pod.thaw.as_ref()).any(|thaw| thaw.state == ThawState::Owed);
     let step = if owed && run.step != RunStep::Preflight { RunStep::Thawing } else { RunStep::CleaningUp };
     CurrentRun { step, failure: Some(failure), ..run.clone() }
@@ -310,8 +317,13 @@ pub(super) enum ThawAttempt {
 }
 
 /// The pod after an attempt to thaw it.
-pub(super) fn after_thaw(pod: &RunPod, attempt: &ThawAttempt, on_error: OnError, now: Timestamp) -> RunPod {
+pub(super) fn after_thaw(pod: &RunPod, attempt: &ThawAttempt, hook: &Hook, now: Timestamp) -> RunPod {
     let mut pod = pod.clone();
+    if let ThawAttempt::Ran(Outcome::Unknown { .. }) = attempt {
+        // It may still be running, and must not thaw what a later run freezes.
+        let until = MicroTime(later(now, hook.timeout()));
+        pod.hooks_may_run_until = pod.hooks_may_run_until.max(Some(until));
+    }
     let Some(thaw) = &mut pod.thaw else { return pod };
     let failure = match attempt {
         ThawAttempt::PodGone => {
@@ -319,18 +331,18 @@ pub(super) fn after_thaw(pod: &RunPod, attempt: &ThawAttempt, on_error: OnError,
             None
         }
         ThawAttempt::Ran(Outcome::Succeeded) => {
-            thaw.not_before = pod.freeze_may_run_until.take_if(|until| now < until.0);
+            thaw.not_before = pod.hooks_may_run_until.take_if(|until| now < until.0);
             thaw.state = if thaw.not_before.is_some() { ThawState::Owed } else { ThawState::Thawed };
             None
         }
-        ThawAttempt::Ran(Outcome::Failed { reason }) if on_error == OnError::Continue => {
+        ThawAttempt::Ran(Outcome::Failed { reason }) if hook.on_error == OnError::Continue => {
             thaw.state = ThawState::GivenUp;
             Some(reason)
         }
         // The hook is no thaw here: nothing was frozen.
-        ThawAttempt::Ran(Outcome::Failed { reason } | Outcome::NotStarted { reason })
-            if pod.freeze_container.is_none() =>
-        {
+        ThawAttempt::Ran(
+            Outcome::Failed { reason } | Outcome::NotStarted { reason } | Outcome::Unknown { reason },
+        ) if pod.freeze_container.is_none() => {
             thaw.state = ThawState::GivenUp;
             Some(reason)
         }
@@ -352,14 +364,14 @@ fn success(run: &CurrentRun, now: Timestamp) -> RunRecord {
     let (expected, left_out) = (run.volumes.len() + run.left_out.len(), run.left_out.join("; "));
     let count = format!("{}/{expected} volumes", run.volumes.len());
     if run.left_out.is_empty() {
-        record(run, now, RunResult::Completed, "Completed", count)
+        record(run, now, RunResult::Completed, "Completed", &count)
     } else {
         record(
             run,
             now,
             RunResult::PartiallyFailed,
             "ClaimsLeftOut",
-            format!("{count}; left out: {left_out}"),
+            &format!("{count}; left out: {left_out}"),
         )
     }
 }
@@ -367,10 +379,10 @@ fn success(run: &CurrentRun, now: Timestamp) -> RunRecord {
 fn failed(run: &CurrentRun, now: Timestamp) -> RunRecord {
     let unknown = Failure { reason: INTERRUPTED.to_owned(), message: "the run was interrupted".to_owned() };
     let Failure { reason, message } = run.failure.clone().unwrap_or(unknown);
-    record(run, now, RunResult::Failed, &reason, message)
+    record(run, now, RunResult::Failed, &reason, &message)
 }
 
-fn record(run: &CurrentRun, now: Timestamp, result: RunResult, reason: &str, message: String) -> RunRecord {
+fn record(run: &CurrentRun, now: Timestamp, result: RunResult, reason: &str, message: &str) -> RunRecord {
     RunRecord {
         id: run.id.clone(),
         slot: run.slot.clone(),
@@ -380,8 +392,14 @@ fn record(run: &CurrentRun, now: Timestamp, result: RunResult, reason: &str, mes
         cut_skew_ms: run.cut_skew_ms,
         result,
         reason: reason.to_owned(),
-        message,
+        message: brief(message),
     }
+}
+
+/// A message that a status can keep many of. The storage's own words in it can be of any length.
+fn brief(message: &str) -> String {
+    const LONGEST: usize = 2048;
+    message[..message.floor_char_boundary(LONGEST)].to_owned()
 }
 
 /// A moment so much later; what lies beyond all time is the end of time.

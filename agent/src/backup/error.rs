@@ -4,7 +4,7 @@ use std::time::Duration;
 
 /// A request failed.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum Error {
+pub(crate) enum Error {
     /// The API server did not do what it was asked.
     #[error("{operation}")]
     Request {
@@ -23,7 +23,7 @@ pub(super) enum Error {
 }
 
 /// A result with our error.
-pub(super) type Result<T> = std::result::Result<T, Error>;
+pub(crate) type Result<T> = std::result::Result<T, Error>;
 
 impl Error {
     /// Turns kube's error into ours.

@@ -8,6 +8,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use dashmap::DashSet;
+use futures::FutureExt;
 use kube::ResourceExt;
 use kube::runtime::reflector::Store;
 use prometheus_client::collector::Collector;
@@ -86,6 +87,10 @@ impl BackupMetrics {
     pub(super) fn started(&self, backup: &StatefulSetBackup) {
         let labels = Labels::of(backup);
         self.attempts.get_or_create(&labels).inc();
+        // At zero from the start: what first appears as 1 is no increase.
+        for family in [&self.successes, &self.partial_failures, &self.failures] {
+            drop(family.get_or_create(&labels));
+        }
         self.counted.insert(labels);
     }
 
@@ -141,7 +146,10 @@ impl fmt::Debug for Scrape {
 impl Collector for Scrape {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
         let backups = self.store.state();
-        self.counted.keep(&backups.iter().map(|backup| Labels::of(backup)).collect());
+        // Before the first list is complete nothing is known to be gone.
+        if self.store.wait_until_ready().now_or_never().is_some() {
+            self.counted.keep(&backups.iter().map(|backup| Labels::of(backup)).collect());
+        }
         let BackupMetrics { counted: _, attempts, successes, partial_failures, failures, durations, freezes } =
             &self.counted;
         for (name, help, family) in [
@@ -154,7 +162,11 @@ impl Collector for Scrape {
         }
         for (name, help, family) in [
             ("sts_backup_duration_seconds", "From a run's begin to its end", durations),
-            ("sts_backup_freeze_seconds", "From the first preBackupHook to the last cut", freezes),
+            (
+                "sts_backup_freeze_seconds",
+                "From the first preBackupHook to the last cut, or to the failure before it",
+                freezes,
+            ),
         ] {
             family.encode(encoder.encode_descriptor(name, help, None, MetricType::Histogram)?)?;
         }

@@ -1,6 +1,6 @@
 //! Reads the cluster into plain facts about one backup: the only room that asks the API server questions.
 //!
-//! It judges nothing. What a step does not need is not read: an idle backup costs two requests.
+//! It judges nothing. What a step does not need is not read.
 
 use std::collections::BTreeMap;
 
@@ -13,7 +13,8 @@ use kube::core::Selector;
 use kube::{Api, Client, ResourceExt};
 use sts_backup_api::backup::{StatefulSetBackup, StatefulSetBackupSpec, StatefulSetBackupStatus};
 use sts_backup_api::names::{
-    BACKUP_LABEL, BACKUP_NAMESPACE_LABEL, REQUESTED_AT_ANNOTATION, RUN_FINALIZER, RUN_LABEL,
+    BACKUP_LABEL, BACKUP_NAMESPACE_LABEL, CLAIM_MANIFEST_ANNOTATION, REQUESTED_AT_ANNOTATION, RUN_FINALIZER,
+    RUN_LABEL,
 };
 use sts_backup_api::run::{RunId, RunStep};
 use sts_backup_api::snapshot::{DEFAULT_CLASS_ANNOTATION, VolumeSnapshot, VolumeSnapshotClass};
@@ -41,15 +42,17 @@ pub(super) struct BackupFacts {
     /// This process runs the frozen section of the current run.
     pub(super) in_section: bool,
     pub(super) target: Target,
-    /// The snapshots of all runs of this backup.
-    pub(super) snapshots: Vec<VolumeSnapshot>,
+    /// The name of another backup that has a run of the same `StatefulSet`.
+    pub(super) busy_with: Option<String>,
+    /// The snapshots of all runs of this backup; none where they were not looked at.
+    pub(super) snapshots: Option<Vec<VolumeSnapshot>>,
 }
 
 impl BackupFacts {
     /// The snapshots that a run took, by name.
     pub(super) fn snapshots_of(&self, run: &RunId) -> BTreeMap<&str, &VolumeSnapshot> {
         let mut of_run = BTreeMap::new();
-        for snapshot in &self.snapshots {
+        for snapshot in self.snapshots.iter().flatten() {
             if snapshot.labels().get(RUN_LABEL).map(String::as_str) == Some(run.as_str())
                 && let Some(name) = &snapshot.metadata.name
             {
@@ -68,7 +71,7 @@ impl BackupFacts {
 
 /// The `StatefulSet`, as far as it was looked at.
 #[derive(Clone, Debug)]
-pub(super) enum Target {
+pub(crate) enum Target {
     /// It was not looked at.
     Unread,
     /// It is in another namespace.
@@ -83,7 +86,7 @@ pub(super) enum Target {
 
 /// What a run needs to know of a `StatefulSet`.
 #[derive(Clone, Debug)]
-pub(super) struct TargetFacts {
+pub(crate) struct TargetFacts {
     pub(super) replicas: i32,
     /// The ordinal of the first replica.
     pub(super) start: i32,
@@ -119,34 +122,40 @@ pub(super) struct ClassFacts {
     pub(super) is_default: bool,
 }
 
-/// Reads what the next decision about `backup` needs.
+/// Reads what the next decision about `backup` needs; what this process alone knows comes with the call.
 pub(super) async fn observe(
     client: &Client,
     backup: &StatefulSetBackup,
     in_section: bool,
+    busy_with: Option<String>,
 ) -> Result<BackupFacts> {
     let namespace = backup.namespace().expect("a StatefulSetBackup is namespaced");
     let spec = backup.spec.clone();
     let status = backup.status.clone().unwrap_or_default();
-    let target_namespace = spec.stateful_set_ref.namespace_or(&namespace).to_owned();
-    let is_elsewhere = target_namespace != namespace;
+    let is_elsewhere = spec.stateful_set_ref.namespace_or(&namespace) != namespace;
     let deleting = backup.metadata.deletion_timestamp.is_some();
+    let step = status.current_run.as_ref().map(|run| run.step);
 
-    let preflight = status.current_run.as_ref().map(|run| run.step == RunStep::Preflight);
+    let set = &spec.stateful_set_ref.name;
     let target = async {
-        match preflight {
+        match step {
             _ if is_elsewhere => Ok(Target::Elsewhere),
             _ if deleting || in_section => Ok(Target::Unread),
-            Some(false) => Ok(Target::Unread),
-            Some(true) => read_target(client, &namespace, &spec.stateful_set_ref.name).await,
-            None => find_target(client, &namespace, &spec.stateful_set_ref.name).await,
+            None => find_target(client, &namespace, set).await,
+            Some(RunStep::Preflight) => read_target(client, &namespace, set).await,
+            Some(RunStep::Frozen | RunStep::Thawing | RunStep::Readying | RunStep::CleaningUp) => {
+                Ok(Target::Unread)
+            }
         }
     };
     let snapshots = async {
-        if is_elsewhere {
-            Ok(Vec::new())
-        } else {
-            list_snapshots(client, &namespace, &backup.name_any()).await
+        match step {
+            // Nothing else may come between a frozen pod and its thaw.
+            Some(RunStep::Frozen | RunStep::Thawing) => Ok(None),
+            _ if is_elsewhere => Ok(None),
+            None | Some(RunStep::Preflight | RunStep::Readying | RunStep::CleaningUp) => {
+                list_snapshots(client, &namespace, &backup.name_any()).await.map(Some)
+            }
         }
     };
     let (target, snapshots) = tokio::try_join!(target, snapshots)?;
@@ -161,6 +170,7 @@ pub(super) async fn observe(
         status,
         in_section,
         target,
+        busy_with,
         snapshots,
         namespace,
     })
@@ -171,7 +181,13 @@ async fn list_snapshots(client: &Client, namespace: &str, backup: &str) -> Resul
     let selector = format!("{BACKUP_LABEL}={backup},{BACKUP_NAMESPACE_LABEL}={namespace},{RUN_LABEL}");
     let snapshots: Api<VolumeSnapshot> = Api::namespaced(client.clone(), namespace);
     let listed = snapshots.list(&ListParams::default().labels(&selector)).await;
-    Ok(listed.map_err(Error::request("list the VolumeSnapshots"))?.items)
+    let mut listed = listed.map_err(Error::request("list the VolumeSnapshots"))?.items;
+    for snapshot in &mut listed {
+        // They are most of it, and nobody here reads them.
+        snapshot.annotations_mut().remove(CLAIM_MANIFEST_ANNOTATION);
+        snapshot.metadata.managed_fields = None;
+    }
+    Ok(listed)
 }
 
 async fn find_target(client: &Client, namespace: &str, name: &str) -> Result<Target> {
@@ -180,7 +196,8 @@ async fn find_target(client: &Client, namespace: &str, name: &str) -> Result<Tar
     Ok(if found.is_some() { Target::Exists } else { Target::Missing })
 }
 
-async fn read_target(client: &Client, namespace: &str, name: &str) -> Result<Target> {
+/// Reads the `StatefulSet` with all that a run of it needs to know.
+pub(crate) async fn read_target(client: &Client, namespace: &str, name: &str) -> Result<Target> {
     let sets: Api<StatefulSet> = Api::namespaced(client.clone(), namespace);
     let pods: Api<Pod> = Api::namespaced(client.clone(), namespace);
     let claims: Api<PersistentVolumeClaim> = Api::namespaced(client.clone(), namespace);
@@ -224,6 +241,10 @@ async fn read_target(client: &Client, namespace: &str, name: &str) -> Result<Tar
     };
     let pods =
         pods.into_iter().filter(owned).filter_map(|pod| Some((ordinal_of(&pod.name_any(), name)?, pod)));
+    let pods: BTreeMap<i32, Pod> = pods.collect();
+    // The status of the set lags behind a pod that was just deleted.
+    let is_ending = |pod: &Pod| pod.metadata.deletion_timestamp.is_some();
+    let settled = is_settled(&set) && !pods.values().any(is_ending);
     let classes = classes.into_iter().map(|class| ClassFacts {
         is_default: class.annotations().get(DEFAULT_CLASS_ANNOTATION).is_some_and(|value| value == "true"),
         name: class.name_any(),
@@ -233,9 +254,9 @@ async fn read_target(client: &Client, namespace: &str, name: &str) -> Result<Tar
     Ok(Target::Read(Box::new(TargetFacts {
         replicas: spec.and_then(|spec| spec.replicas).unwrap_or(1),
         start: spec.and_then(|spec| spec.ordinals.as_ref()?.start).unwrap_or(0),
-        settled: is_settled(&set),
+        settled,
         templates,
-        pods: pods.collect(),
+        pods,
         claims,
         classes: classes.collect(),
     })))
@@ -263,6 +284,7 @@ fn is_settled(set: &StatefulSet) -> bool {
     status.observed_generation == set.metadata.generation
         && status.replicas == replicas
         && status.ready_replicas.unwrap_or(0) == replicas
+        && status.current_revision == status.update_revision
 }
 
 async fn claim_facts(

@@ -1,19 +1,26 @@
 //! Does one step, so that doing it again does no harm. It decides nothing: what to do comes from `decide`.
 
+use std::time::Duration;
+
 use futures::future::{join_all, try_join_all};
+use jiff::Timestamp;
 use k8s_openapi::api::core::v1::Pod;
 use kube::api::{DeleteParams, Patch, PatchParams};
 use kube::{Api, Client, ResourceExt};
 use serde_json::json;
-use sts_backup_api::backup::{Hook, OnError, StatefulSetBackup, StatefulSetBackupStatus};
+use sts_backup_api::backup::{Hook, StatefulSetBackup, StatefulSetBackupStatus};
 use sts_backup_api::names::{FIELD_MANAGER, RUN_FINALIZER};
 use sts_backup_api::run::{CurrentRun, RunPod};
 use sts_backup_api::snapshot::VolumeSnapshot;
+use tokio::time::timeout;
 
-use super::decide::{ThawAttempt, after_thaw};
+use super::decide::{START_WITHIN, ThawAttempt, after_thaw, later};
 use super::error::{Error, Result};
 use crate::clock;
 use crate::hooks::{self, Command, Outcome};
+
+/// How long a look at a single object may take while pods may be frozen.
+pub(super) const LOOK_TIMEOUT: Duration = Duration::from_secs(5);
 
 fn api(client: &Client, backup: &StatefulSetBackup) -> Api<StatefulSetBackup> {
     Api::namespaced(client.clone(), &backup.namespace().expect("a StatefulSetBackup is namespaced"))
@@ -67,6 +74,9 @@ pub(super) async fn write_status(
 }
 
 /// Runs the postBackupHook in some of the run's pods at once.
+///
+/// `newer` is the hook as the user has it by now. It is tried where the one of the freeze has failed before, and it says
+/// whether failures still matter: so a hook that can never succeed can be corrected.
 pub(super) async fn thaw(
     exec: &Client,
     namespace: &str,
@@ -75,64 +85,59 @@ pub(super) async fn thaw(
     newer: Option<&Hook>,
 ) -> CurrentRun {
     let mut run = run.clone();
+    let Some(hook) = run.thaw_hook.clone() else { return run };
     let attempts = pods.iter().filter_map(|at| Some((*at, run.pods.get(*at)?)));
-    let attempts = attempts
-        .map(async |(at, pod)| (at, thaw_pod(exec, namespace, pod, run.thaw_hook.as_ref(), newer).await));
-    let attempts = join_all(attempts).await;
-    let on_error = run.thaw_hook.as_ref().map(|hook| hook.on_error).unwrap_or_default();
-    let now = clock::now();
-    for (at, attempt) in attempts {
-        if let Some(pod) = run.pods.get_mut(at) {
-            *pod = after_thaw(pod, &attempt, on_error, now);
-        }
+    let since = run.frozen_since.as_ref().unwrap_or(&run.started).0;
+    let attempts = attempts.map(async |(at, pod)| {
+        let newer =
+            newer.filter(|newer| **newer != hook && pod.thaw.as_ref().is_some_and(|thaw| thaw.failures > 0));
+        let attempt = thaw_pod(exec, namespace, pod, &hook, newer, since).await;
+        (at, after_thaw(pod, &attempt, newer.unwrap_or(&hook), clock::now()))
+    });
+    for (at, thawed) in join_all(attempts).await {
+        run.pods[at] = thawed;
     }
     run
 }
 
-/// Runs the hook that goes with the freeze, and where that fails, the one that the user has written since.
 async fn thaw_pod(
     exec: &Client,
     namespace: &str,
     pod: &RunPod,
-    hook: Option<&Hook>,
+    hook: &Hook,
     newer: Option<&Hook>,
+    since: Timestamp,
 ) -> ThawAttempt {
-    let Some((thaw, hook)) = pod.thaw.as_ref().zip(hook) else { return ThawAttempt::Ran(Outcome::Succeeded) };
-    let run = async |hook: &Hook| {
-        let Hook { command, .. } = hook;
-        let command = Command {
-            namespace,
-            pod: &pod.name,
-            container: &thaw.container,
-            argv: command,
-            timeout: hook.timeout(),
-        };
+    let Some(thaw) = &pod.thaw else { return ThawAttempt::PodGone };
+    let run = async |hook: &Hook, container: &str| {
+        let timeout = hook.timeout();
+        let command = Command { namespace, pod: &pod.name, container, argv: &hook.command, timeout };
         hooks::run(exec, &command).await
     };
-    let mut outcome = run(hook).await;
-    if let (true, Some(newer)) =
-        (outcome != Outcome::Succeeded && thaw.failures > 0, newer.filter(|newer| *newer != hook))
-    {
-        outcome = run(newer).await;
+    let mut outcome = run(hook, &thaw.container).await;
+    if let (true, Some(newer)) = (outcome != Outcome::Succeeded, newer) {
+        outcome = run(newer, newer.container_name.as_deref().unwrap_or(&thaw.container)).await;
     }
-    if outcome != Outcome::Succeeded && hook.on_error == OnError::Fail && is_gone(exec, namespace, pod).await
-    {
+    if outcome != Outcome::Succeeded && is_gone(exec, namespace, pod, since).await {
         return ThawAttempt::PodGone;
     }
     ThawAttempt::Ran(outcome)
 }
 
-/// Whether nothing that was frozen can be left of a pod. A question that finds no answer is answered with no.
-async fn is_gone(client: &Client, namespace: &str, pod: &RunPod) -> bool {
+/// A pod as it is now, or nothing if there is no answer in time; `Some(None)`: it does not exist.
+pub(super) async fn find_pod(client: &Client, namespace: &str, name: &str) -> Option<Option<Pod>> {
     let pods: Api<Pod> = Api::namespaced(client.clone(), namespace);
-    match pods.get_opt(&pod.name).await {
-        Ok(None) => true,
-        Ok(Some(found)) => {
-            let phase = found.status.as_ref().and_then(|status| status.phase.as_deref());
-            found.uid().as_deref() != Some(&pod.uid) || matches!(phase, Some("Succeeded" | "Failed"))
-        }
-        Err(_) => false,
-    }
+    timeout(LOOK_TIMEOUT, pods.get_opt(name)).await.ok()?.ok()
+}
+
+/// Whether nothing that was frozen can be left of a pod. A question that finds no answer is answered with no.
+async fn is_gone(client: &Client, namespace: &str, pod: &RunPod, since: Timestamp) -> bool {
+    let Some(found) = find_pod(client, namespace, &pod.name).await else { return false };
+    let Some(found) = found else { return true };
+    let phase = found.status.as_ref().and_then(|status| status.phase.as_deref());
+    // Commands go to a pod by its name: one that replaced ours before the hooks started may be the frozen one.
+    let came_later = found.creation_timestamp().is_some_and(|created| created.0 > later(since, START_WITHIN));
+    (found.uid().as_deref() != Some(&pod.uid) && came_later) || matches!(phase, Some("Succeeded" | "Failed"))
 }
 
 /// Deletes snapshots; those that are gone are done.

@@ -11,23 +11,23 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime;
 use kube::ResourceExt;
 use sts_backup_api::backup::{Hook, HookPods, MAX_CLAIMS, OnError, StatefulSetBackupSpec};
 use sts_backup_api::names::snapshot_name;
-use sts_backup_api::run::{CurrentRun, RunPod, RunStep, RunVolume, SnapshotState, ThawDuty, ThawState};
+use sts_backup_api::run::{CurrentRun, RunPod, RunStep, RunVolume, Slot, SnapshotState, ThawDuty, ThawState};
 
-use super::decide::{START_WITHIN, later};
+use super::decide::{START_WITHIN, later, new_run};
 use super::observe::{ClaimFacts, TargetFacts};
 use crate::hooks::hook_container;
 
 /// Why a run cannot start as it should.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Problem {
-    pub(super) kind: ProblemKind,
+pub(crate) struct Problem {
+    pub(crate) kind: ProblemKind,
     /// What is wrong, with which object, and what to do.
-    pub(super) message: String,
+    pub(crate) message: String,
 }
 
 /// The kinds of problems; their names are reasons in the API.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum ProblemKind {
+pub(crate) enum ProblemKind {
     NothingToBackUp,
     TooManyClaims,
     UnknownTemplate,
@@ -62,7 +62,7 @@ impl ProblemKind {
     }
 
     /// A `StatefulSet` that is still starting may solve it by itself.
-    pub(super) fn may_heal(self) -> bool {
+    fn may_heal(self) -> bool {
         match self {
             Self::NothingToBackUp
             | Self::ClaimMissing
@@ -133,6 +133,21 @@ pub(super) fn plan(
         frozen_since: Some(MicroTime(now)),
         ..run.clone()
     })
+}
+
+/// What a run that began now would do; or every problem that it would have.
+pub(crate) fn rehearse(
+    spec: &StatefulSetBackupSpec,
+    set: &str,
+    target: &TargetFacts,
+    now: Timestamp,
+) -> Result<CurrentRun, Vec<Problem>> {
+    plan(&new_run("", Slot::request(""), now), spec, set, target, now)
+}
+
+/// Whether a `StatefulSet` that is still starting may solve all these problems by itself.
+pub(crate) fn may_heal(target: &TargetFacts, problems: &[Problem]) -> bool {
+    !target.settled && problems.iter().all(|problem| problem.kind.may_heal())
 }
 
 fn problem(kind: ProblemKind, message: String) -> Problem {
@@ -313,7 +328,7 @@ fn pods(
             name: pod.name_any(),
             uid: pod.uid().unwrap_or_default(),
             freeze_container: freeze.as_ref().and_then(&mut container),
-            freeze_may_run_until: freeze
+            hooks_may_run_until: freeze
                 .as_ref()
                 .map(|hook| MicroTime(later(now, START_WITHIN + hook.timeout()))),
             thaw: thaw.as_ref().and_then(&mut container).map(|container| ThawDuty {

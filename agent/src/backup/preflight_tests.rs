@@ -89,7 +89,7 @@ fn a_healthy_set_is_planned_with_every_claim_and_pod() {
     assert_eq!((run.step, run.replicas), (RunStep::Frozen, 2));
     for pod in &run.pods {
         assert_eq!(pod.freeze_container.as_deref(), Some("main"));
-        assert!(pod.freeze_may_run_until.is_some());
+        assert!(pod.hooks_may_run_until.is_some());
         assert_eq!(pod.thaw.as_ref().unwrap().state, ThawState::Owed);
     }
 }

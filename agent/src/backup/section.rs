@@ -8,35 +8,32 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::StreamExt;
 use futures::future::{join_all, try_join_all};
 use futures::stream::FuturesUnordered;
-use futures::{FutureExt, StreamExt};
 use jiff::Timestamp;
-use k8s_openapi::api::core::v1::PersistentVolumeClaim;
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::{MicroTime, ObjectMeta};
+use k8s_openapi::api::core::v1::Pod;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime;
 use kube::api::{ListParams, PostParams};
+use kube::runtime::utils::Backoff;
 use kube::runtime::{WatchStreamExt, watcher};
 use kube::{Api, ResourceExt};
 use sts_backup_api::backup::{HookPods, OnError, StatefulSetBackup};
 use sts_backup_api::conditions::{DELETED, INTERRUPTED};
-use sts_backup_api::names::{
-    BACKUP_LABEL, BACKUP_NAMESPACE_LABEL, CLAIM_ANNOTATION, CLAIM_MANIFEST_ANNOTATION,
-    CONSISTENCY_ANNOTATION, FIELD_MANAGER, ORDINAL_ANNOTATION, REPLICAS_ANNOTATION, RUN_LABEL,
-    SLOT_ANNOTATION, STATEFUL_SET_LABEL, TEMPLATE_ANNOTATION, TIME_ANNOTATION, VOLUMES_ANNOTATION,
-};
+use sts_backup_api::names::{FIELD_MANAGER, RUN_LABEL};
 use sts_backup_api::points::is_cut;
-use sts_backup_api::run::{Consistency, CurrentRun, Failure, RunStep, RunVolume, SnapshotState, ThawState};
-use sts_backup_api::snapshot::{
-    VolumeSnapshot, VolumeSnapshotContent, VolumeSnapshotSource, VolumeSnapshotSpec,
-};
+use sts_backup_api::run::{Consistency, CurrentRun, Failure, RunPod, RunStep, SnapshotState, ThawState};
+use sts_backup_api::snapshot::{VolumeSnapshot, VolumeSnapshotContent};
+use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
-use super::Context;
+use super::context::Context;
 use super::decide::{START_WITHIN, failing, later, milliseconds};
-use super::error::{Error, Result};
-use super::perform;
+use super::error::Error;
+use super::perform::{self, LOOK_TIMEOUT};
+use super::snapshot::snapshot_of;
 use super::status::Note;
 use crate::hooks::{self, Command, Outcome};
 use crate::{clock, telemetry};
@@ -48,8 +45,20 @@ const REMAINING_HOOKS: Duration = Duration::from_secs(2);
 /// Between two tries of a request while pods are frozen.
 const RETRY_PAUSE: Duration = Duration::from_millis(200);
 
-/// How long the API server may take to create a snapshot before it is asked again.
-const CREATE_TIMEOUT: Duration = Duration::from_secs(5);
+/// A watch that broke is begun again at a steady pace: its default backoff would be added to the freeze.
+struct Steadily;
+
+impl Iterator for Steadily {
+    type Item = Duration;
+
+    fn next(&mut self) -> Option<Duration> {
+        Some(RETRY_PAUSE)
+    }
+}
+
+impl Backoff for Steadily {
+    fn reset(&mut self) {}
+}
 
 /// One frozen section.
 pub(super) struct Section {
@@ -62,39 +71,29 @@ pub(super) struct Section {
     pub(super) cancel: CancellationToken,
 }
 
-/// The manifests of a run's claims, as JSON by name, without managed fields.
-pub(super) async fn claim_manifests(
-    cx: &Context,
-    namespace: &str,
-    run: &CurrentRun,
-) -> Result<BTreeMap<String, String>> {
-    let claims: Api<PersistentVolumeClaim> = Api::namespaced(cx.client.clone(), namespace);
-    let manifest = async |volume: &RunVolume| {
-        let claim =
-            claims.get(&volume.claim).await.map_err(Error::request("get the PersistentVolumeClaim"))?;
-        Ok::<_, Error>((volume.claim.clone(), manifest_of(claim)))
-    };
-    Ok(try_join_all(run.volumes.iter().map(manifest)).await?.into_iter().collect())
-}
-
-fn manifest_of(mut claim: PersistentVolumeClaim) -> String {
-    claim.metadata.managed_fields = None;
-    serde_json::to_string(&claim).expect("a claim that was read can be written")
-}
-
 impl Section {
     /// Freezes, cuts and thaws; returns the run as it is to be written down.
     pub(super) async fn run(&self, mut run: CurrentRun) -> CurrentRun {
         let begun = clock::monotonic();
-        let verdict = self.freeze_and_cut(&mut run, begun).await;
+        let mut creating = JoinSet::new();
+        let mut verdict = self.freeze_and_cut(&mut run, begun, &mut creating).await;
+        if run.pods.iter().any(|pod| pod.freeze_container.is_some()) {
+            let frozen = clock::monotonic().duration_since(begun);
+            run.freeze_ms = Some(i64::try_from(frozen.as_millis()).unwrap_or(i64::MAX));
+        }
         crash_point!("before-thaw");
         run = self.thaw(run).await;
         crash_point!("after-thaw");
+        // A request that was sent may still be carried out, and the clean-up must come after it.
+        let _ = timeout(LOOK_TIMEOUT, async { while creating.join_next().await.is_some() {} }).await;
+        if verdict.is_ok() {
+            verdict = self.freeze_held(&run).await;
+        }
         match verdict {
             Ok(()) => {
-                run.cut_skew_ms = self.cut_skew(&run).await;
-                let owed = run.pods.iter().filter_map(|pod| pod.thaw.as_ref());
-                let owed = owed.into_iter().any(|thaw| thaw.state == ThawState::Owed);
+                run.cut_skew_ms = timeout(LOOK_TIMEOUT, self.cut_skew(&run)).await.ok().flatten();
+                let mut duties = run.pods.iter().filter_map(|pod| pod.thaw.as_ref());
+                let owed = duties.any(|thaw| thaw.state == ThawState::Owed);
                 run.step = if owed { RunStep::Thawing } else { RunStep::Readying };
                 run
             }
@@ -102,7 +101,12 @@ impl Section {
         }
     }
 
-    async fn freeze_and_cut(&self, run: &mut CurrentRun, begun: Instant) -> std::result::Result<(), Failure> {
+    async fn freeze_and_cut(
+        &self,
+        run: &mut CurrentRun,
+        begun: Instant,
+        creating: &mut JoinSet<Result<(), Failure>>,
+    ) -> Result<(), Failure> {
         let freezes = run.pods.iter().any(|pod| pod.freeze_container.is_some());
         let spec = &self.backup.spec;
         let budget = if freezes { spec.max_freeze() } else { spec.snapshot_timeout() };
@@ -113,27 +117,47 @@ impl Section {
 
         let consistency = self.freeze(run, deadline).await?;
         crash_point!("after-freeze");
-        self.cut(run, consistency, deadline).await?;
+        self.cut(run, consistency, deadline, creating).await?;
         run.cut_at = Some(MicroTime(clock::now()));
-        if freezes {
-            let frozen = clock::monotonic().duration_since(begun);
-            run.freeze_ms = Some(i64::try_from(frozen.as_millis()).unwrap_or(i64::MAX));
-        }
+        Ok(())
+    }
+
+    /// Whether the pods that were frozen are those of before, in containers that did not start anew: a database that was
+    /// restarted in between has forgotten its freeze.
+    async fn freeze_held(&self, run: &CurrentRun) -> Result<(), Failure> {
+        let frozen = run.pods.iter().filter_map(|pod| Some((pod, pod.freeze_container.as_deref()?)));
+        let since = run.frozen_since.as_ref().unwrap_or(&run.started).0;
+        let look = async |(pod, container): (&RunPod, &str)| {
+            let Some(found) = perform::find_pod(&self.cx.exec, &self.namespace, &pod.name).await else {
+                let message = format!("nobody said whether pod {} ran through the freeze", pod.name);
+                return Err(fail(INTERRUPTED, message));
+            };
+            let runs_on = found.is_some_and(|found| {
+                let started = container_start(&found, container);
+                // In whole seconds: a start in the very second of the freeze is taken for an earlier one.
+                found.uid().as_deref() == Some(&pod.uid) && started.is_some_and(|started| started <= since)
+            });
+            if runs_on {
+                return Ok(());
+            }
+            let message = format!("pod {}, container {container}, was restarted during the freeze", pod.name);
+            Err(fail("FreezeLost", message))
+        };
+        try_join_all(frozen.map(look)).await?;
         Ok(())
     }
 
     /// Runs the preBackupHook in all its pods at once, and notes which of them may still be running.
-    async fn freeze(
-        &self,
-        run: &mut CurrentRun,
-        deadline: Instant,
-    ) -> std::result::Result<Consistency, Failure> {
-        let Some(hook) = &self.backup.spec.pre_backup_hook else { return Ok(Consistency::CrashPerVolume) };
+    async fn freeze(&self, run: &mut CurrentRun, deadline: Instant) -> Result<Consistency, Failure> {
+        let freezes = run.pods.iter().any(|pod| pod.freeze_container.is_some());
+        let Some(hook) = self.backup.spec.pre_backup_hook.as_ref().filter(|_| freezes) else {
+            return Ok(Consistency::CrashPerVolume);
+        };
         let since = run.frozen_since.as_ref().unwrap_or(&run.started).0;
         let is_late = clock::now() > later(since, START_WITHIN);
         if is_late || !self.cx.leadership.is_held() || self.cancel.is_cancelled() {
             for pod in &mut run.pods {
-                (pod.freeze_container, pod.freeze_may_run_until) = (None, None);
+                (pod.freeze_container, pod.hooks_may_run_until) = (None, None);
             }
             return Err(self.interrupted());
         }
@@ -179,21 +203,21 @@ impl Section {
             let Some(pod) = run.pods.get_mut(at) else { continue };
             let reason = match outcome {
                 Outcome::Succeeded => {
-                    pod.freeze_may_run_until = None;
+                    pod.hooks_may_run_until = None;
                     held += 1;
                     continue;
                 }
                 Outcome::Failed { reason } => {
-                    pod.freeze_may_run_until = None;
+                    pod.hooks_may_run_until = None;
                     reason
                 }
                 Outcome::NotStarted { reason } => {
-                    pod.freeze_may_run_until = None;
+                    pod.hooks_may_run_until = None;
                     pod.freeze_container = None;
                     reason
                 }
                 Outcome::Unknown { reason } => {
-                    pod.freeze_may_run_until = Some(MicroTime(later(clock::now(), hook.timeout())));
+                    pod.hooks_may_run_until = Some(MicroTime(later(clock::now(), hook.timeout())));
                     reason
                 }
             };
@@ -205,8 +229,8 @@ impl Section {
             }
         }
         let until = MicroTime(later(clock::now(), hook.timeout()));
-        for pod in run.pods.iter_mut().filter(|pod| pod.freeze_may_run_until.is_some()) {
-            pod.freeze_may_run_until = Some(until.clone());
+        for pod in run.pods.iter_mut().filter(|pod| pod.hooks_may_run_until.is_some()) {
+            pod.hooks_may_run_until = Some(until.clone());
         }
         if let Some(failure) = failure {
             return Err(failure);
@@ -221,145 +245,65 @@ impl Section {
         run: &mut CurrentRun,
         consistency: Consistency,
         deadline: Instant,
-    ) -> std::result::Result<(), Failure> {
+        creating: &mut JoinSet<Result<(), Failure>>,
+    ) -> Result<(), Failure> {
         let snapshots: Api<VolumeSnapshot> = Api::namespaced(self.cx.client.clone(), &self.namespace);
         let selector = format!("{RUN_LABEL}={}", run.id);
         let config = watcher::Config::default().labels(&selector);
-        let mut changes = pin!(watcher(snapshots.clone(), config).default_backoff().applied_objects());
-        let wanted: Vec<_> =
-            run.volumes.iter().map(|volume| self.snapshot(run, volume, consistency, clock::now())).collect();
-        let mut creating = pin!(try_join_all(wanted.iter().map(|snapshot| self.create(snapshot))).fuse());
+        let mut changes = pin!(watcher(snapshots.clone(), config).backoff(Steadily).applied_objects());
+        for volume in &run.volumes {
+            let manifest = self.claims.get(&volume.claim);
+            let snapshot = snapshot_of(&self.backup, run, volume, manifest, consistency, clock::now());
+            creating.spawn(create(Arc::clone(&self.cx), self.namespace.clone(), snapshot));
+        }
         let mut give_up = pin!(sleep_until(deadline));
         while run.volumes.iter().any(|volume| volume.state == SnapshotState::Pending) {
             tokio::select! {
                 biased;
                 () = self.cancel.cancelled() => return Err(self.interrupted()),
-                created = &mut creating => {
-                    created?;
-                    crash_point!("after-create");
+                Some(created) = creating.join_next() => {
+                    created.unwrap_or_else(|_panic| Err(self.interrupted()))?;
+                    if creating.is_empty() {
+                        crash_point!("after-create");
+                    }
                 }
                 change = changes.next() => if let Some(Ok(snapshot)) = change {
                     note_cut(run, &snapshot);
                 },
                 () = &mut give_up => {
                     // The watch may lag: one look decides. Nothing is thawed yet, so what is cut is cut in time.
-                    let listed = snapshots.list(&ListParams::default().labels(&selector)).await;
-                    for snapshot in listed.iter().flatten() {
-                        note_cut(run, snapshot);
+                    let uncut = timeout(LOOK_TIMEOUT, self.look_for_cuts(run)).await;
+                    let uncut = uncut.unwrap_or_else(|_elapsed| "the API server does not answer".to_owned());
+                    if run.volumes.iter().any(|volume| volume.state == SnapshotState::Pending) {
+                        return Err(self.frozen_too_long(&format!("snapshots were not cut: {uncut}")));
                     }
-                    let uncut = run.volumes.iter().filter(|volume| volume.state == SnapshotState::Pending);
-                    let uncut: Vec<_> = uncut.map(|volume| {
-                        let found = listed.iter().flatten().find(|found| found.name_any() == volume.snapshot);
-                        let error = found.and_then(|found| found.status.as_ref()?.error.as_ref()?.message.as_deref());
-                        format!("{}: {}", volume.snapshot, error.unwrap_or("no error reported; is the snapshot-controller running?"))
-                    }).collect();
-                    if uncut.is_empty() {
-                        return Ok(());
-                    }
-                    return Err(self.frozen_too_long(&format!("snapshots were not cut: {}", uncut.join("; "))));
                 }
             }
         }
         Ok(())
     }
 
-    /// Creates a snapshot. That it exists already is success: the name is the run's and the claim's.
-    async fn create(&self, snapshot: &VolumeSnapshot) -> std::result::Result<(), Failure> {
+    /// Notes what is cut by now; says what is not, and why.
+    async fn look_for_cuts(&self, run: &mut CurrentRun) -> String {
         let snapshots: Api<VolumeSnapshot> = Api::namespaced(self.cx.exec.clone(), &self.namespace);
-        let name = snapshot.name_any();
-        loop {
-            let params =
-                PostParams { field_manager: Some(FIELD_MANAGER.to_owned()), ..PostParams::default() };
-            let created = timeout(CREATE_TIMEOUT, snapshots.create(&params, snapshot)).await;
-            let created = match created {
-                Ok(created) => created.map_err(Error::request("create the VolumeSnapshot")),
-                Err(_elapsed) => Err(Error::NoAnswer { operation: "create the VolumeSnapshot" }),
-            };
-            match created {
-                Ok(_) => return Ok(()),
-                Err(err) if err.is_conflict() => {
-                    let found = snapshots.get_opt(&name).await;
-                    let is_ours = |found: &VolumeSnapshot| {
-                        found.labels().get(RUN_LABEL) == snapshot.labels().get(RUN_LABEL)
-                    };
-                    match found {
-                        Ok(Some(found)) if is_ours(&found) => return Ok(()),
-                        Ok(Some(_)) => {
-                            let message =
-                                format!("VolumeSnapshot {name} exists and is not of this run: delete it");
-                            return Err(fail("SnapshotNameTaken", message));
-                        }
-                        Ok(None) | Err(_) => sleep(RETRY_PAUSE).await,
-                    }
-                }
-                Err(err) if err.is_transient() => {
-                    warn!(error = %telemetry::chain(&err), snapshot = %name, "snapshot not created yet");
-                    sleep(RETRY_PAUSE).await;
-                }
-                Err(err) => {
-                    let message = format!("VolumeSnapshot {name}: {}", telemetry::chain(&err));
-                    return Err(fail("SnapshotNotCreated", message));
-                }
-            }
+        let listed = snapshots.list(&ListParams::default().labels(&format!("{RUN_LABEL}={}", run.id))).await;
+        let listed = listed.map(|listed| listed.items).unwrap_or_default();
+        for snapshot in &listed {
+            note_cut(run, snapshot);
         }
-    }
-
-    fn snapshot(
-        &self,
-        run: &CurrentRun,
-        volume: &RunVolume,
-        consistency: Consistency,
-        now: Timestamp,
-    ) -> VolumeSnapshot {
-        let labels = [
-            (BACKUP_LABEL, self.backup.name_any()),
-            (BACKUP_NAMESPACE_LABEL, self.backup.namespace().unwrap_or_default()),
-            (STATEFUL_SET_LABEL, self.backup.spec.stateful_set_ref.name.clone()),
-            (RUN_LABEL, run.id.to_string()),
-        ];
-        let annotations = [
-            (CLAIM_ANNOTATION, volume.claim.clone()),
-            (CLAIM_MANIFEST_ANNOTATION, self.claims.get(&volume.claim).cloned().unwrap_or_default()),
-            (TEMPLATE_ANNOTATION, volume.template.clone()),
-            (ORDINAL_ANNOTATION, volume.ordinal.to_string()),
-            (SLOT_ANNOTATION, format!("{:?} {}", run.slot.due, run.slot.value)),
-            (TIME_ANNOTATION, now.to_string()),
-            (CONSISTENCY_ANNOTATION, consistency.as_str().to_owned()),
-            (REPLICAS_ANNOTATION, run.replicas.to_string()),
-            (VOLUMES_ANNOTATION, (run.volumes.len() + run.left_out.len()).to_string()),
-        ];
-        let owned = |(key, value): (&str, String)| (key.to_owned(), value);
-        VolumeSnapshot {
-            metadata: ObjectMeta {
-                name: Some(volume.snapshot.clone()),
-                labels: Some(labels.into_iter().map(owned).collect()),
-                annotations: Some(annotations.into_iter().map(owned).collect()),
-                ..ObjectMeta::default()
-            },
-            spec: VolumeSnapshotSpec {
-                source: VolumeSnapshotSource {
-                    persistent_volume_claim_name: Some(volume.claim.clone()),
-                    volume_snapshot_content_name: None,
-                },
-                volume_snapshot_class_name: Some(volume.snapshot_class.clone()),
-            },
-            status: None,
-        }
+        let uncut = run.volumes.iter().filter(|volume| volume.state == SnapshotState::Pending);
+        let told = uncut.map(|volume| {
+            let found = listed.iter().find(|found| found.name_any() == volume.snapshot);
+            let error = found.and_then(|found| found.status.as_ref()?.error.as_ref()?.message.as_deref());
+            let error = error.unwrap_or("no error reported; is the snapshot-controller running?");
+            format!("{}: {error}", volume.snapshot)
+        });
+        told.collect::<Vec<_>>().join("; ")
     }
 
     async fn thaw(&self, run: CurrentRun) -> CurrentRun {
         let due: Vec<_> = (0..run.pods.len()).filter(|at| run.pods[*at].thaw.is_some()).collect();
-        let run = perform::thaw(&self.cx.exec, &self.namespace, &run, &due, None).await;
-        for pod in &run.pods {
-            if let Some(reason) = pod.thaw.as_ref().and_then(|thaw| thaw.message.as_deref()) {
-                self.note(Note::warning(
-                    "ThawFailed",
-                    "Thaw",
-                    format!("postBackupHook in pod {}: {reason}", pod.name),
-                ));
-            }
-        }
-        run
+        perform::thaw(&self.cx.exec, &self.namespace, &run, &due, None).await
     }
 
     /// From the first to the last cut by the storage's clocks, milliseconds; none where it does not say.
@@ -388,13 +332,14 @@ impl Section {
 
     fn frozen_too_long(&self, what: &str) -> Failure {
         let spec = &self.backup.spec;
-        let message = match spec.pre_backup_hook {
-            Some(_) => {
-                format!("{what} within maxFreezeSeconds ({}); the pods are thawed", spec.max_freeze_seconds)
-            }
-            None => format!("{what} within snapshotTimeoutSeconds ({})", spec.snapshot_timeout_seconds),
-        };
-        fail("FrozenTooLong", message)
+        if spec.pre_backup_hook.is_some() {
+            let message =
+                format!("{what} within maxFreezeSeconds ({}); the pods are thawed", spec.max_freeze_seconds);
+            fail("FrozenTooLong", message)
+        } else {
+            let message = format!("{what} within snapshotTimeoutSeconds ({})", spec.snapshot_timeout_seconds);
+            fail("SnapshotNotCut", message)
+        }
     }
 
     fn note(&self, note: Note) {
@@ -416,4 +361,54 @@ fn note_cut(run: &mut CurrentRun, snapshot: &VolumeSnapshot) {
             volume.state = SnapshotState::Cut;
         }
     }
+}
+
+/// Creates a snapshot. That it exists already is success: the name is the run's and the claim's.
+async fn create(cx: Arc<Context>, namespace: String, snapshot: VolumeSnapshot) -> Result<(), Failure> {
+    let snapshots: Api<VolumeSnapshot> = Api::namespaced(cx.exec.clone(), &namespace);
+    let name = snapshot.name_any();
+    let params = PostParams { field_manager: Some(FIELD_MANAGER.to_owned()), ..PostParams::default() };
+    loop {
+        if !cx.leadership.is_held() {
+            return Err(fail(INTERRUPTED, "the agent lost its lease during the freeze".to_owned()));
+        }
+        let created = timeout(LOOK_TIMEOUT, snapshots.create(&params, &snapshot)).await;
+        let created = match created {
+            Ok(created) => created.map_err(Error::request("create the VolumeSnapshot")),
+            Err(_elapsed) => Err(Error::NoAnswer { operation: "create the VolumeSnapshot" }),
+        };
+        match created {
+            Ok(_) => return Ok(()),
+            Err(err) if err.is_conflict() => {
+                let found = timeout(LOOK_TIMEOUT, snapshots.get_opt(&name)).await;
+                let is_ours = |found: &VolumeSnapshot| {
+                    found.labels().get(RUN_LABEL) == snapshot.labels().get(RUN_LABEL)
+                };
+                match found {
+                    Ok(Ok(Some(found))) if is_ours(&found) => return Ok(()),
+                    Ok(Ok(Some(_))) => {
+                        let message =
+                            format!("VolumeSnapshot {name} exists and is not of this run: delete it");
+                        return Err(fail("SnapshotNameTaken", message));
+                    }
+                    Ok(Ok(None) | Err(_)) | Err(_) => sleep(RETRY_PAUSE).await,
+                }
+            }
+            Err(err) if err.is_transient() => {
+                warn!(error = %telemetry::chain(&err), snapshot = %name, "snapshot not created yet");
+                sleep(RETRY_PAUSE).await;
+            }
+            Err(err) => {
+                let message = format!("VolumeSnapshot {name}: {}", telemetry::chain(&err));
+                return Err(fail("SnapshotNotCreated", message));
+            }
+        }
+    }
+}
+
+/// When a container of a pod started, if it runs.
+fn container_start(pod: &Pod, container: &str) -> Option<Timestamp> {
+    let statuses = pod.status.as_ref()?.container_statuses.as_deref()?;
+    let status = statuses.iter().find(|status| status.name == container)?;
+    Some(status.state.as_ref()?.running.as_ref()?.started_at.as_ref()?.0)
 }

@@ -1,25 +1,28 @@
 //! Turns facts and the decided step into the status that users see, and into Events. Pure.
 
 use jiff::Timestamp;
-use kube::runtime::events::EventType;
 use sts_backup_api::backup::{MAX_LISTED_POINTS, Phase, StatefulSetBackupStatus};
 use sts_backup_api::conditions::{
     self, LAST_BACKUP_SUCCEEDED, NAMESPACE_NOT_GRANTED, PROGRESSING, READY, STATEFUL_SET_NOT_FOUND, THAWED,
 };
 use sts_backup_api::points::recovery_points;
-use sts_backup_api::run::{CurrentRun, RunRecord, RunResult, RunStep, SnapshotState, ThawState, request_key};
+use sts_backup_api::run::{
+    CurrentRun, RecoveryPoint, RunPod, RunRecord, RunResult, RunStep, SnapshotState, ThawState, request_key,
+};
+use sts_backup_api::snapshot::VolumeSnapshot;
 
 use super::decide::{BackupStep, Idle, Wait};
 use super::observe::{BackupFacts, Target};
+
+/// The thaw of a pod failed, and its user said to let it be.
+const THAW_GIVEN_UP: &str = "ThawGivenUp";
 
 /// The status after the step is written down, and before it is done.
 pub(super) fn next_status(facts: &BackupFacts, step: &BackupStep, now: Timestamp) -> StatefulSetBackupStatus {
     let mut status = facts.status.clone();
     status.observed_generation = facts.generation;
 
-    let points = recovery_points(&facts.snapshots);
-    let complete = points.iter().filter(|point| point.complete).count();
-    status.recovery_point_count = i64::try_from(complete).unwrap_or(i64::MAX);
+    let points = facts.snapshots.as_ref().map(|snapshots| points_of(snapshots, &status.history));
     match step {
         BackupStep::Begin(run) | BackupStep::Freeze(run) | BackupStep::Record(run) => {
             status.current_run = Some(run.clone());
@@ -28,7 +31,8 @@ pub(super) fn next_status(facts: &BackupFacts, step: &BackupStep, now: Timestamp
             status.current_run = None;
             status.history.insert(0, record.clone());
             status.history.truncate(usize::try_from(facts.spec.history_limit).unwrap_or(1).max(1));
-            let made = points.iter().find(|point| point.id == record.id).map(|point| point.time.clone());
+            let made =
+                points.iter().flatten().find(|point| point.id == record.id).map(|point| point.time.clone());
             match record.result {
                 RunResult::Completed => {
                     status.last_backup_time.clone_from(&made);
@@ -48,10 +52,25 @@ pub(super) fn next_status(facts: &BackupFacts, step: &BackupStep, now: Timestamp
     if let BackupStep::Begin(_) = step {
         status.last_request = facts.request.as_deref().map(request_key).or(status.last_request);
     }
-    status.recovery_points = points.into_iter().take(MAX_LISTED_POINTS).collect();
+    if let Some(points) = points {
+        let complete = points.iter().filter(|point| point.complete).count();
+        status.recovery_point_count = i64::try_from(complete).unwrap_or(i64::MAX);
+        status.recovery_points = points.into_iter().take(MAX_LISTED_POINTS).collect();
+    }
     set_conditions(facts, step, &mut status, now);
     status.phase = Some(phase(&status));
     status
+}
+
+/// The points that snapshots amount to. A snapshot that was created for a run just before its agent died can appear
+/// after the clean-up: it does not make the point of a failed run complete.
+fn points_of(snapshots: &[VolumeSnapshot], history: &[RunRecord]) -> Vec<RecoveryPoint> {
+    let mut points = recovery_points(snapshots);
+    for point in &mut points {
+        let failed = history.iter().any(|run| run.id == point.id && run.result == RunResult::Failed);
+        point.complete &= !failed;
+    }
+    points
 }
 
 fn phase(status: &StatefulSetBackupStatus) -> Phase {
@@ -111,9 +130,14 @@ fn set_conditions(
             set(THAWED, (thawed, reason, &message));
         }
     } else {
-        set(PROGRESSING, (false, "Idle", "no run is under way"));
-        // A run ends only when nothing is owed to any pod.
-        if conditions::find(&facts.status.conditions, THAWED).is_some() {
+        if let BackupStep::Wait { why: Wait::Queued { behind }, .. } = step {
+            set(PROGRESSING, (false, "Queued", &waiting_behind(behind)));
+        } else {
+            set(PROGRESSING, (false, "Idle", "no run is under way"));
+        }
+        // A run ends only when nothing is owed to any pod. What was given up stays said until the next freeze.
+        let thawed = conditions::find(&facts.status.conditions, THAWED);
+        if thawed.is_some_and(|thawed| thawed.reason != THAW_GIVEN_UP) {
             set(THAWED, (true, "Thawed", "nothing is owed to any pod"));
         }
     }
@@ -121,6 +145,12 @@ fn set_conditions(
         let message = format!("run {id}: {message}");
         set(LAST_BACKUP_SUCCEEDED, (*result == RunResult::Completed, reason, &message));
     }
+}
+
+fn waiting_behind(other: &str) -> String {
+    format!(
+        "a run is due and waits for the run of StatefulSetBackup {other}, which backs up the same StatefulSet"
+    )
 }
 
 fn not_granted(facts: &BackupFacts) -> String {
@@ -162,6 +192,9 @@ fn thaw_state(run: &CurrentRun) -> Option<(bool, &'static str, String)> {
         .filter(|(_, thaw)| owed(thaw.state))
         .collect();
     let names = |pods: &[&String]| pods.iter().map(|name| name.as_str()).collect::<Vec<_>>().join(", ");
+    let frozen = run.pods.iter().filter(|pod| pod.freeze_container.is_some());
+    let is_given_up = |pod: &&RunPod| pod.thaw.as_ref().is_some_and(|thaw| thaw.state == ThawState::GivenUp);
+    let given_up: Vec<_> = frozen.filter(is_given_up).map(|pod| &pod.name).collect();
     let failed: Vec<_> = owing.iter().filter(|(_, thaw)| thaw.failures > 0).collect();
     match run.step {
         RunStep::Preflight => None,
@@ -178,13 +211,21 @@ fn thaw_state(run: &CurrentRun) -> Option<(bool, &'static str, String)> {
             );
             Some((false, "ThawFailed", message))
         }
+        RunStep::Thawing if owing.iter().any(|(_, thaw)| thaw.not_before.is_none()) => Some((
+            false,
+            "Frozen",
+            format!("run {} ended before its pods were thawed; they are next", run.id),
+        )),
         RunStep::Thawing if !owing.is_empty() => {
             let pods: Vec<_> = owing.iter().map(|(name, _)| *name).collect();
-            Some((
-                false,
-                "ThawDue",
-                format!("owed once more, as a preBackupHook may still run: {}", names(&pods)),
-            ))
+            Some((false, "ThawDue", format!("owed once more, as a hook may still run: {}", names(&pods))))
+        }
+        RunStep::Thawing | RunStep::Readying | RunStep::CleaningUp if !given_up.is_empty() => {
+            let message = format!(
+                "the postBackupHook failed in {} and is not repeated, as its onError says: look whether it is frozen",
+                names(&given_up)
+            );
+            Some((false, THAW_GIVEN_UP, message))
         }
         RunStep::Thawing | RunStep::Readying | RunStep::CleaningUp => {
             Some((true, "Thawed", "nothing is owed to any pod".to_owned()))
@@ -195,7 +236,8 @@ fn thaw_state(run: &CurrentRun) -> Option<(bool, &'static str, String)> {
 /// What an Event says.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Note {
-    pub(super) kind: EventType,
+    /// `Normal` or `Warning`.
+    pub(super) kind: &'static str,
     pub(super) reason: &'static str,
     pub(super) action: &'static str,
     pub(super) message: String,
@@ -203,11 +245,11 @@ pub(super) struct Note {
 
 impl Note {
     pub(super) fn normal(reason: &'static str, action: &'static str, message: String) -> Self {
-        Self { kind: EventType::Normal, reason, action, message }
+        Self { kind: "Normal", reason, action, message }
     }
 
     pub(super) fn warning(reason: &'static str, action: &'static str, message: String) -> Self {
-        Self { kind: EventType::Warning, reason, action, message }
+        Self { kind: "Warning", reason, action, message }
     }
 }
 
@@ -239,6 +281,9 @@ pub(super) fn note(facts: &BackupFacts, step: &BackupStep) -> Option<Note> {
         BackupStep::CleanUp { record, .. } | BackupStep::Finish(record) => Some(finished(record)),
         BackupStep::Wait { why: Wait::StatefulSet { missing }, .. } => {
             Some(Note::normal("WaitingForStatefulSet", "Preflight", missing.clone()))
+        }
+        BackupStep::Wait { why: Wait::Queued { behind }, .. } => {
+            Some(Note::normal("Queued", "Wait", waiting_behind(behind)))
         }
         BackupStep::Idle(Idle::NotGranted) => {
             Some(Note::warning(NAMESPACE_NOT_GRANTED, "Refuse", not_granted(facts)))

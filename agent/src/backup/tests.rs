@@ -111,9 +111,10 @@ fn happening() -> impl Strategy<Value = Happening> {
 
 fn spec(on_error: OnError) -> StatefulSetBackupSpec {
     let mut spec = StatefulSetBackupSpec::new("db");
-    let hook = json!({ "command": ["x"], "timeoutSeconds": 60, "onError": on_error });
-    spec.pre_backup_hook = Some(serde_json::from_value(hook.clone()).unwrap());
-    spec.post_backup_hook = Some(serde_json::from_value(hook).unwrap());
+    let hook = |on_error| json!({ "command": ["x"], "timeoutSeconds": 60, "onError": on_error });
+    spec.pre_backup_hook = Some(serde_json::from_value(hook(on_error)).unwrap());
+    // With Continue a failed thaw is let be, as the user asked for.
+    spec.post_backup_hook = Some(serde_json::from_value(hook(OnError::Fail)).unwrap());
     spec
 }
 
@@ -159,7 +160,8 @@ impl World {
             status: StatefulSetBackupStatus::default(),
             in_section: false,
             target: Target::Unread,
-            snapshots: Vec::new(),
+            busy_with: None,
+            snapshots: None,
         };
         Self { now: created, facts: Some(facts), exists: true, ..Self::default() }
     }
@@ -167,13 +169,19 @@ impl World {
     fn facts(&self) -> BackupFacts {
         let mut facts = self.facts.clone().unwrap();
         facts.in_section = self.section.is_some();
-        facts.snapshots = self.snapshots.values().map(|snapshot| snapshot.object.clone()).collect();
-        facts.target = match facts.status.current_run.as_ref().map(|run| run.step) {
+        let step = facts.status.current_run.as_ref().map(|run| run.step);
+        let is_listed = !matches!(step, Some(RunStep::Frozen | RunStep::Thawing));
+        facts.snapshots = is_listed.then(|| self.objects());
+        facts.target = match step {
             Some(RunStep::Preflight) => Target::Read(Box::new(target())),
             None => Target::Exists,
             Some(_) => Target::Unread,
         };
         facts
+    }
+
+    fn objects(&self) -> Vec<VolumeSnapshot> {
+        self.snapshots.values().map(|snapshot| snapshot.object.clone()).collect()
     }
 
     fn object(&mut self) -> &mut BackupFacts {
@@ -226,10 +234,11 @@ impl World {
 
     fn thaw(&mut self, run: &CurrentRun, at: usize, outcome: Outcome) -> sts_backup_api::run::RunPod {
         let pod = &run.pods[at];
+        let hook = run.thaw_hook.clone().unwrap();
         if outcome == Outcome::Succeeded {
             self.frozen.remove(&pod.name);
         }
-        after_thaw(pod, &ThawAttempt::Ran(outcome), OnError::Fail, self.now)
+        after_thaw(pod, &ThawAttempt::Ran(outcome), &hook, self.now)
     }
 
     fn cancel(&mut self, reason: &str) {
@@ -238,8 +247,8 @@ impl World {
             && matches!(section.at, SectionStep::Freeze(_) | SectionStep::Create(_) | SectionStep::AwaitCut)
         {
             // What was not seen to end may still be running, for as long as its timeout.
-            for pod in section.run.pods.iter_mut().filter(|pod| pod.freeze_may_run_until.is_some()) {
-                pod.freeze_may_run_until = Some(MicroTime(now + SignedDuration::from_secs(60)));
+            for pod in section.run.pods.iter_mut().filter(|pod| pod.hooks_may_run_until.is_some()) {
+                pod.hooks_may_run_until = Some(MicroTime(now + SignedDuration::from_secs(60)));
             }
             section.run = failing(&section.run, reason, "cancelled");
             section.at = SectionStep::Thaw(0);
@@ -255,7 +264,7 @@ impl World {
         match section.at {
             SectionStep::Freeze(0) if is_late => {
                 for pod in &mut section.run.pods {
-                    (pod.freeze_container, pod.freeze_may_run_until) = (None, None);
+                    (pod.freeze_container, pod.hooks_may_run_until) = (None, None);
                 }
                 section.run = failing(&section.run, INTERRUPTED, "late");
                 section.at = SectionStep::Thaw(0);
@@ -270,17 +279,17 @@ impl World {
                 section.at = SectionStep::Freeze(at + 1);
                 let failed = match choice % 8 {
                     0 => {
-                        pod.freeze_may_run_until = None;
+                        pod.hooks_may_run_until = None;
                         true
                     }
                     1 => {
                         let until = later(self.now, Duration::from_mins(1));
-                        pod.freeze_may_run_until = Some(MicroTime(until));
+                        pod.hooks_may_run_until = Some(MicroTime(until));
                         self.lingering.insert(pod.name.clone(), section.hooks_end);
                         true
                     }
                     _ => {
-                        pod.freeze_may_run_until = None;
+                        pod.hooks_may_run_until = None;
                         self.frozen.insert(pod.name.clone());
                         false
                     }
@@ -291,7 +300,7 @@ impl World {
                         let run = section.run.id.to_string();
                         *self.freezes.entry((run, pod.name.clone())).or_default() += 1;
                         let until = later(self.now, Duration::from_mins(1));
-                        pod.freeze_may_run_until = Some(MicroTime(until));
+                        pod.hooks_may_run_until = Some(MicroTime(until));
                         self.lingering.insert(pod.name.clone(), section.hooks_end);
                     }
                     section.run = failing(&section.run, "PreBackupHookFailed", "failed");
@@ -305,7 +314,8 @@ impl World {
             }
             SectionStep::Create(_) => section.at = SectionStep::AwaitCut,
             SectionStep::AwaitCut => {
-                section.run = with_snapshot_states(&facts, &section.run);
+                let listed = BackupFacts { snapshots: Some(self.objects()), ..facts.clone() };
+                section.run = with_snapshot_states(&listed, &section.run);
                 let since = section.run.frozen_since.clone().unwrap().0;
                 if section.run.volumes.iter().all(|volume| volume.state != SnapshotState::Pending) {
                     section.run.cut_at = Some(MicroTime(self.now));
@@ -398,7 +408,7 @@ impl World {
             Happening::Crash => {
                 // Hooks that were being run are still running in their pods.
                 if let Some(Section { run, at: SectionStep::Freeze(_), hooks_end }) = self.section.take() {
-                    for pod in run.pods.iter().filter(|pod| pod.freeze_may_run_until.is_some()) {
+                    for pod in run.pods.iter().filter(|pod| pod.hooks_may_run_until.is_some()) {
                         let key = (run.id.to_string(), pod.name.clone());
                         if self.freezes.contains_key(&key) {
                             self.lingering.insert(pod.name.clone(), hooks_end);
@@ -443,12 +453,13 @@ impl World {
             assert!(*started <= 1, "the preBackupHook started {started} times in {pod} for {run}");
         }
         let mut of_runs: BTreeMap<&str, i32> = BTreeMap::new();
-        for snapshot in &facts.snapshots {
+        let objects = self.objects();
+        for snapshot in &objects {
             *of_runs.entry(&snapshot.metadata.labels.as_ref().unwrap()[RUN_LABEL]).or_default() += 1;
         }
         assert!(of_runs.values().all(|count| *count <= REPLICAS), "{of_runs:?}");
 
-        for point in recovery_points(&facts.snapshots).iter().filter(|point| point.complete) {
+        for point in recovery_points(&objects).iter().filter(|point| point.complete) {
             let under_way = run.is_some_and(|run| run.id == point.id);
             let record = facts.status.history.iter().find(|record| record.id == point.id);
             let completed = record.is_some_and(|record| record.result == RunResult::Completed);

@@ -13,8 +13,8 @@ use super::table::{age, lines, moment, second, size, span, table};
 pub(super) fn current_run(run: &CurrentRun, now: Timestamp) -> String {
     let CurrentRun { id, slot: _, started, volumes, left_out, pods, frozen_since, .. } = run;
     let mut said = vec![format!("{id}, started {}", moment(started.0, now)), progress_line(run)];
-    let frozen = frozen_since.as_ref().filter(|_| run.step <= RunStep::Thawing);
-    if let Some(since) = frozen {
+    let freezes = run.step == RunStep::Frozen && pods.iter().any(|pod| pod.freeze_container.is_some());
+    if let Some(since) = frozen_since.as_ref().filter(|_| freezes) {
         said.push(format!("frozen for {}", age(since.0, now)));
     }
     said.extend(left_out.iter().map(|what| format!("left out: {}", one_line(what))));

@@ -108,7 +108,6 @@ fn everything_that_is_known_is_shown_and_what_is_wrong_has_a_remedy() {
          Current run:\n  \
          run-3, started 2026-02-03T04:59:00Z (60s ago)\n  \
          thawing: 1/1 volumes cut, 0/1 ready, 0/1 pods thawed, db-0 failed 2 times: exit code 1\n  \
-         frozen for 50s\n  \
          left out: data-db-1 is missing\n  \
          CLAIM       SNAPSHOT          CLASS   STATE\n  \
          data-db-0   data-db-0-run-3   fast    cut\n  \

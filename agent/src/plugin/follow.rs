@@ -5,8 +5,7 @@ use sts_backup_api::backup::StatefulSetBackup;
 use sts_backup_api::conditions::{self, NAMESPACE_NOT_GRANTED, STATEFUL_SET_NOT_FOUND};
 use sts_backup_api::names::REQUESTED_AT_ANNOTATION;
 use sts_backup_api::run::{
-    CurrentRun, Due, RecoveryPoint, RunId, RunPod, RunRecord, RunResult, RunStep, Slot, SnapshotState,
-    ThawState,
+    CurrentRun, Due, RecoveryPoint, RunPod, RunRecord, RunResult, RunStep, Slot, SnapshotState, ThawState,
 };
 
 use super::table::span;
@@ -30,11 +29,6 @@ impl Asked {
     /// The run that the annotation asks the object with that uid for.
     pub(super) fn new(uid: &str, annotation: &str) -> Self {
         Self { uid: uid.to_owned(), annotation: annotation.to_owned(), slot: Slot::request(annotation) }
-    }
-
-    /// The id of the first attempt.
-    pub(super) fn run_id(&self) -> RunId {
-        RunId::new(&self.uid, &self.slot)
     }
 
     fn is(&self, slot: &Slot) -> bool {
@@ -79,7 +73,7 @@ pub(super) fn progress(backup: Option<&StatefulSetBackup>, asked: &Asked) -> Pro
     let status = backup.status.as_ref();
     let current = status.and_then(|status| status.current_run.as_ref());
     if let Some(run) = current.filter(|run| asked.is(&run.slot)) {
-        return Progress::Goes(progress_line(run));
+        return Progress::Goes(how_far(backup, run));
     }
 
     let ended = status.iter().flat_map(|status| &status.history).filter(|run| asked.is(&run.slot));
@@ -103,9 +97,23 @@ pub(super) fn progress(backup: Option<&StatefulSetBackup>, asked: &Asked) -> Pro
         return Progress::CannotStart { reason: reason.to_owned(), message: message.to_owned() };
     }
     Progress::Goes(match current {
-        Some(other) => format!("waiting for run {} to end, which is at: {}", other.id, progress_line(other)),
-        None => WAITING.to_owned(),
+        Some(other) => {
+            format!("waiting for run {} to end, which is at: {}", other.id, how_far(backup, other))
+        }
+        None => waiting(backup).unwrap_or(WAITING).to_owned(),
     })
+}
+
+/// How far the run under way is, or what it waits for.
+fn how_far(backup: &StatefulSetBackup, run: &CurrentRun) -> String {
+    let waits = waiting(backup).filter(|_| run.step == RunStep::Preflight);
+    waits.map_or_else(|| progress_line(run), str::to_owned)
+}
+
+/// What a run waits for before it touches anything, in the agent's words.
+fn waiting(backup: &StatefulSetBackup) -> Option<&str> {
+    let progressing = conditions::find(&backup.status.as_ref()?.conditions, conditions::PROGRESSING)?;
+    ["Queued", "WaitingForStatefulSet"].contains(&progressing.reason.as_str()).then_some(&progressing.message)
 }
 
 /// How far a run is, in one line that changes only when something has happened.

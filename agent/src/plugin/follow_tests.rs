@@ -111,6 +111,18 @@ fn a_request_waits_for_the_agent_and_for_another_run() {
 }
 
 #[test]
+fn what_a_run_waits_for_is_said_in_the_agent_s_words() {
+    let waits = |status: &str, reason: &str| {
+        json!([{ "type": "Progressing", "status": status, "reason": reason, "message": "waits for it",
+            "lastTransitionTime": "2026-02-01T00:00:00Z" }])
+    };
+    assert_eq!(seen(&json!({ "conditions": waits("False", "Queued") })), goes("waits for it"));
+    assert_eq!(seen(&json!({ "conditions": waits("False", "Idle") })), goes(WAITING));
+    let starting = json!({ "conditions": waits("True", "WaitingForStatefulSet"), "currentRun": running(1, "Preflight", &[], &[]) });
+    assert_eq!(seen(&starting), goes("waits for it"));
+}
+
+#[test]
 fn an_interrupted_attempt_is_not_the_end_and_the_last_attempt_is() {
     let interrupted = |attempt| record(attempt, "Failed", "Interrupted");
     assert_eq!(
@@ -182,10 +194,4 @@ fn the_point_line_has_what_is_known() {
     (record.freeze_ms, record.cut_skew_ms) = (None, None);
     assert_eq!(point_line(&record, Some(&point)), "recovery point run-1: 3/3 volumes, Application");
     assert_eq!(point_line(&record, None), "recovery point run-1: 3/3 volumes");
-}
-
-#[test]
-fn the_id_is_the_one_that_the_agent_will_use() {
-    assert_eq!(asked().run_id(), RunId::new("uid-1", &Slot::request(VALUE)));
-    assert!(asked().run_id().as_str().starts_with("20260203-020000-"));
 }

@@ -85,9 +85,21 @@ async fn observe(cluster: &Cluster, scope: &Scope, name: Option<&str>) -> Result
     facts.snapshots = list_all(&cluster.api(scope), &how, &what).await?;
 
     let mut targets = BTreeSet::new();
-    for object in cluster.backups(scope).await? {
+    let backups = match cluster.backups(scope).await {
+        Ok(backups) => Some(backups),
+        // The snapshots are there all the same.
+        Err(err @ (Error::NotServed { .. } | Error::Forbidden { .. })) => {
+            output::complain(&format!(
+                "points of deleted StatefulSetBackups may not be marked: {}",
+                err.brief()
+            ));
+            None
+        }
+        Err(err) => return Err(err),
+    };
+    for object in backups.iter().flatten() {
         let (namespace, backup) = (object.namespace().unwrap_or_default(), object.name_any());
-        if let Ok(known) = understand(&object).as_ref()
+        if let Ok(known) = understand(object).as_ref()
             && name.is_none_or(|name| name == backup)
         {
             targets
@@ -95,13 +107,15 @@ async fn observe(cluster: &Cluster, scope: &Scope, name: Option<&str>) -> Result
         }
         facts.exists.insert((namespace, backup), true);
     }
-    if let Scope::Namespace(own) = scope {
-        // What is there in the scope's own namespace is known to be all.
+    if backups.is_some() {
+        // What is there in the scope is known to be all.
         for (namespace, backup) in keys(&facts.snapshots) {
-            if namespace == *own {
+            if *scope == Scope::All || *scope == Scope::Namespace(namespace.clone()) {
                 facts.exists.entry((namespace, backup)).or_insert(false);
             }
         }
+    }
+    if let Scope::Namespace(_) = scope {
         for (namespace, target) in targets.into_iter().filter(|(namespace, target)| namespace != target) {
             let how = ListParams::default().labels(&format!("{labels},{BACKUP_NAMESPACE_LABEL}={namespace}"));
             let api = cluster.api(&Scope::Namespace(target.clone()));
@@ -111,10 +125,6 @@ async fn observe(cluster: &Cluster, scope: &Scope, name: Option<&str>) -> Result
         }
         for key in keys(&facts.snapshots) {
             learn(cluster, &mut facts.exists, key).await;
-        }
-    } else {
-        for key in keys(&facts.snapshots) {
-            facts.exists.entry(key).or_insert(false);
         }
     }
     Ok(facts)

@@ -33,7 +33,7 @@ pub(super) fn remedy(reason: &str, namespace: &str, name: &str) -> String {
 }
 
 /// That the application may be frozen although it should not: the thaw fails, or nobody has thawed in time. A
-/// run that is in its frozen section is no trouble.
+/// run that is in its frozen section is no trouble, and neither is a thaw that is only to be repeated.
 pub(super) fn thaw_trouble(backup: &StatefulSetBackup, now: Timestamp) -> Option<String> {
     let status = backup.status.as_ref()?;
     let thawed = conditions::find(&status.conditions, conditions::THAWED)?;
@@ -42,6 +42,9 @@ pub(super) fn thaw_trouble(backup: &StatefulSetBackup, now: Timestamp) -> Option
     }
     if thawed.reason == "ThawFailed" {
         return Some(format!("{}: {}", thawed.reason, thawed.message));
+    }
+    if thawed.reason != "Frozen" {
+        return None;
     }
     let since = status.current_run.as_ref()?.frozen_since.as_ref()?.0;
     let limit = SignedDuration::try_from(backup.spec.max_freeze()).ok()?;
@@ -98,6 +101,7 @@ mod tests {
         let (soon, late) = ("2026-02-03T02:00:30Z", "2026-02-03T02:05:00Z");
         assert_eq!(trouble("True", "Thawed", late), None);
         assert_eq!(trouble("False", "Frozen", soon), None);
+        assert_eq!(trouble("False", "ThawDue", late), None);
         assert_eq!(trouble("False", "ThawFailed", soon).as_deref(), Some("ThawFailed: db-0: no"));
         assert_eq!(
             trouble("False", "Frozen", late).as_deref(),

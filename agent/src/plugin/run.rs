@@ -70,7 +70,7 @@ pub(super) async fn run(cluster: &Cluster, how: &Run) -> Result<Exit, Error> {
         output::complain(line);
         Ok(())
     };
-    say(&format!("run {} of {namespace}/{name} asked for", asked.run_id()))?;
+    say(&format!("a run of {namespace}/{name} is asked for"))?;
     if !how.wait {
         return Ok(Exit::Success);
     }
@@ -83,8 +83,7 @@ pub(super) async fn run(cluster: &Cluster, how: &Run) -> Result<Exit, Error> {
             return Err(Error::Ended {
                 exit: Exit::Timeout,
                 message: format!(
-                    "run {} is not over after {}; it goes on",
-                    asked.run_id(),
+                    "the run is not over after {}; it goes on",
                     span(i64::try_from(how.timeout.as_millis()).unwrap_or(i64::MAX))
                 ),
                 remedy: Some(format!("kubectl stsbackup describe {name} -n {namespace} shows how far it is")),

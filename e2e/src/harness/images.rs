@@ -63,14 +63,9 @@ pub async fn make(harness: &Harness) -> Result<(Images, Vec<Archive>)> {
     let packages = Packages::get(harness, "images", &PACKAGES).await?;
     let csi = CSI.build(harness).await?;
     let driver = build_ours(harness, "test CSI driver", "csi-driver", &["sts-backup-e2e"]).await?;
-    let features = ["sts-backup-agent", "--features=failpoints"];
-    let released = ["sts-backup-agent", "--release"];
-    let agent = if harness.release { &released } else { &features };
-    let agent = build_ours(harness, "agent", "sts-backup-agent", agent).await?;
 
     let sidecars = ["csi-provisioner", "csi-snapshotter", "snapshot-controller"];
     let driver_key = Key::new().with(packages.key()).with(std::fs::read(&driver)?).finish();
-    let agent_key = Key::new().with(packages.key()).with(std::fs::read(&agent)?).finish();
     let csi_key = csi.to_string_lossy();
 
     let postgres = image(harness, "postgres", packages.key(), async || postgres(&packages).await).await?;
@@ -83,8 +78,7 @@ pub async fn make(harness: &Harness) -> Result<(Images, Vec<Archive>)> {
     let csi_sanity =
         image(harness, "csi-sanity", &csi_key, async || go_programs(&csi, &["csi-sanity"])).await?;
 
-    let agent = async || agent_image(&packages, &agent).await;
-    let agent = image(harness, "agent", &agent_key, agent).await?;
+    let agent = make_agent_of(harness, &packages).await?;
 
     let images = Images {
         postgres: postgres.name.clone(),
@@ -97,6 +91,23 @@ pub async fn make(harness: &Harness) -> Result<(Images, Vec<Archive>)> {
     };
     std::fs::write(Images::file(&harness.paths), serde_json::to_vec_pretty(&images)?)?;
     Ok((images, vec![postgres, redis, shell, csi_driver, csi_sidecars, csi_sanity, agent]))
+}
+
+/// Makes the agent's image alone.
+///
+/// # Errors
+/// When the agent does not build, or a package cannot be had.
+pub async fn make_agent(harness: &Harness) -> Result<Archive> {
+    make_agent_of(harness, &Packages::get(harness, "images", &PACKAGES).await?).await
+}
+
+async fn make_agent_of(harness: &Harness, packages: &Packages) -> Result<Archive> {
+    let for_tests = ["sts-backup-agent", "--features=failpoints"];
+    let for_release = ["sts-backup-agent", "--release"];
+    let how = if harness.release { &for_release } else { &for_tests };
+    let agent = build_ours(harness, "agent", "sts-backup-agent", how).await?;
+    let key = Key::new().with(packages.key()).with(std::fs::read(&agent)?).finish();
+    image(harness, "agent", &key, async || agent_image(packages, &agent).await).await
 }
 
 /// Loads the images into a node that it does not have yet.

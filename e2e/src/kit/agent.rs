@@ -12,12 +12,14 @@ use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::Pod;
 use k8s_openapi::api::rbac::v1::{ClusterRole, ClusterRoleBinding};
-use kube::api::{DeleteParams, ListParams, Patch, PatchParams};
+use kube::api::{DeleteParams, ListParams, LogParams, Patch, PatchParams};
 use kube::{Api, ResourceExt};
 use serde_json::{Value, json};
+use tokio::sync::Mutex;
 
 use super::crds::apply_crds;
 use super::helm::{agent_chart, helm};
+use super::poll::until;
 use super::{Cluster, Namespace};
 use crate::condition::{await_condition, deployment_rolled_out};
 use crate::harness::clusters::{cluster_name, control_plane};
@@ -219,6 +221,36 @@ impl Agent {
             String::from_utf8_lossy(&output.stderr).trim_end()
         );
         Ok(())
+    }
+
+    /// Waits until what the pod that leads shows at `/metrics` is as wanted, and returns it.
+    ///
+    /// # Errors
+    /// When it is not within half a minute, or no pod leads.
+    pub async fn await_metrics(&self, what: &str, wanted: impl Fn(&str) -> bool) -> Result<String> {
+        let shown = Mutex::new(String::new());
+        let told = until(what, async || {
+            let metrics = self.get(&self.await_leader(None).await?, "/metrics").await?;
+            let is_wanted = wanted(&metrics);
+            *shown.lock().await = metrics;
+            Ok(is_wanted)
+        });
+        let told = told.await;
+        let shown = shown.into_inner();
+        told.with_context(|| format!("the metrics are {shown}"))?;
+        Ok(shown)
+    }
+
+    /// The logs of all its pods.
+    ///
+    /// # Errors
+    /// When they cannot be read.
+    pub async fn logs(&self) -> Result<String> {
+        let mut logs = String::new();
+        for pod in self.pods().await? {
+            logs += &self.pods_api().logs(&pod, &LogParams::default()).await?;
+        }
+        Ok(logs)
     }
 
     /// What a pod says at `path`, such as `/metrics`, by way of the API server.

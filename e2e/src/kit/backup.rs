@@ -3,19 +3,27 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use kube::Api;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams};
-use serde_json::json;
+use kube::{Api, ResourceExt};
+use serde_json::{Value, json};
 use sts_backup_api::backup::{StatefulSetBackup, StatefulSetBackupSpec, StatefulSetBackupStatus};
+use sts_backup_api::conditions;
 use sts_backup_api::names::{BACKUP_LABEL, REQUESTED_AT_ANNOTATION, RUN_LABEL};
 use sts_backup_api::run::{RunId, RunRecord};
 use sts_backup_api::snapshot::VolumeSnapshot;
 
-use super::Namespace;
-use crate::condition::await_condition;
+use super::{Namespace, manifest};
+use crate::condition::{await_condition, await_deleted, await_event, await_none};
 
 /// Covers a run on a busy machine, two interruptions with their second thaws included.
 const RUN_TIMEOUT: Duration = Duration::from_mins(6);
+
+/// Events are published beside the work.
+const EVENT_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// A snapshot that is being cut is deleted after its cut only.
+const SNAPSHOTS_TIMEOUT: Duration = Duration::from_mins(2);
 
 /// One object.
 #[derive(Clone)]
@@ -35,6 +43,16 @@ impl Backup {
         let created = backup.api().create(&PostParams::default(), &object).await;
         created.with_context(|| format!("create the StatefulSetBackup {name}"))?;
         Ok(backup)
+    }
+
+    /// Creates it with the spec of a manifest, as a user would; the agent's run at creation begins.
+    ///
+    /// # Errors
+    /// When the API server refuses it.
+    pub async fn write(ns: &Namespace, name: &str, spec: &Value) -> Result<Self> {
+        let created = manifest::create(ns, &manifest::manifest(name, spec)).await;
+        created.with_context(|| format!("create the StatefulSetBackup {name}"))?;
+        Ok(Self { ns: ns.clone(), name: name.to_owned() })
     }
 
     /// The API of its kind in its namespace.
@@ -88,6 +106,48 @@ impl Backup {
         let is_wanted = |backup: &StatefulSetBackup| backup.status.as_ref().is_some_and(&wanted);
         let found = await_condition(&self.api(), &self.name, what, RUN_TIMEOUT, is_wanted).await?;
         Ok(found.status.unwrap_or_default())
+    }
+
+    /// Waits until one of its conditions has that status and reason.
+    ///
+    /// # Errors
+    /// When it has not in time.
+    pub async fn await_condition(&self, type_: &str, status: &str, reason: &str) -> Result<Condition> {
+        let is_so = |condition: &Condition| condition.status == status && condition.reason == reason;
+        let found = |found: &StatefulSetBackupStatus| {
+            conditions::find(&found.conditions, type_).filter(|condition| is_so(condition)).cloned()
+        };
+        let what = format!("{type_}={status} ({reason})");
+        let status = self.await_status(&what, |status| found(status).is_some()).await?;
+        found(&status).context("the condition was there")
+    }
+
+    /// Waits until an Event of that reason was published about it, and returns its text.
+    ///
+    /// # Errors
+    /// When none is in time.
+    pub async fn await_event(&self, reason: &str) -> Result<String> {
+        let event = await_event(&self.ns.api(), &self.name, reason, EVENT_TIMEOUT).await?;
+        event.message.context("an Event has a message")
+    }
+
+    /// Asks for its deletion, and waits until it is gone.
+    ///
+    /// # Errors
+    /// When it is not in time.
+    pub async fn remove(&self) -> Result<()> {
+        let object = self.api().get(&self.name).await?;
+        self.delete().await?;
+        await_deleted(&self.api(), &object, RUN_TIMEOUT).await
+    }
+
+    /// Waits until no snapshot of its runs is left, not even one that is being deleted.
+    ///
+    /// # Errors
+    /// When some are left.
+    pub async fn await_no_snapshots(&self) -> Result<()> {
+        let is_ours = |snapshot: &VolumeSnapshot| snapshot.labels().get(BACKUP_LABEL) == Some(&self.name);
+        await_none(&self.ns.api(), "snapshots", SNAPSHOTS_TIMEOUT, is_ours).await
     }
 
     /// Waits until so many runs have ended and none is under way; returns the newest.

@@ -11,6 +11,7 @@
 //! The kit only uses a cluster: it neither makes nor changes one (the harness does).
 
 pub mod agent;
+mod app;
 pub mod backend;
 mod backup;
 pub mod claim;
@@ -23,6 +24,7 @@ pub mod helm;
 pub mod hooks;
 mod load;
 pub mod local_agent;
+pub mod manifest;
 mod namespace;
 pub mod pod;
 mod poll;
@@ -35,6 +37,7 @@ pub mod snapshot;
 pub mod snapshot_controller;
 pub mod trace;
 
+pub use app::App;
 pub use backup::Backup;
 pub use cluster::Cluster;
 pub use load::WriteLoad;

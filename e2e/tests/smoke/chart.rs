@@ -54,13 +54,14 @@ async fn the_agent_is_granted_exactly_what_it_uses() -> Result<()> {
     let expected = [
         "ClusterRole backup.sts-backup.io/statefulsetbackups get,list,watch,patch",
         "ClusterRole backup.sts-backup.io/statefulsetbackups/status patch",
-        "ClusterRole backup.sts-backup.io/statefulsetbackups/finalizers update",
         "ClusterRole apps/statefulsets get,list,watch",
-        "ClusterRole /pods,persistentvolumeclaims,persistentvolumes get,list",
+        "ClusterRole /pods,persistentvolumeclaims get,list",
+        "ClusterRole /persistentvolumes get",
         "ClusterRole /pods/exec get,create",
         "ClusterRole snapshot.storage.k8s.io/volumesnapshots get,list,watch,create,delete",
-        "ClusterRole snapshot.storage.k8s.io/volumesnapshotcontents,volumesnapshotclasses get,list,watch",
-        "ClusterRole events.k8s.io/events create,patch",
+        "ClusterRole snapshot.storage.k8s.io/volumesnapshotcontents get",
+        "ClusterRole snapshot.storage.k8s.io/volumesnapshotclasses list",
+        "ClusterRole events.k8s.io/events create",
         "Role coordination.k8s.io/leases=sts-backup-agent get,update",
         "Role coordination.k8s.io/leases create",
     ];

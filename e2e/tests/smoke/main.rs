@@ -3,6 +3,12 @@
 //! They are fast, and `cargo e2e test` makes the clusters and runs them. Of the agent they only ask that it runs.
 
 mod agent;
+mod backup_api;
+mod backups;
+mod backups_faults;
+mod backups_hooks;
+mod backups_preflight;
+mod backups_runs;
 mod chart;
 mod clusters;
 mod conformance;

@@ -1,60 +1,72 @@
-//! What one backup needs, and what its conditions say. Pure.
+//! What the agent's preflight says of one backup, and what its conditions say. Pure.
+
+use std::iter;
 
 use jiff::Timestamp;
-use k8s_openapi::api::apps::v1::StatefulSet;
-use k8s_openapi::api::core::v1::Pod;
 use kube::ResourceExt;
-use sts_backup_api::backup::{Hook, HookPods, OnError, StatefulSetBackup};
-use sts_backup_api::conditions;
-use sts_backup_api::run::RunResult;
-use sts_backup_api::snapshot::VolumeSnapshotClass;
+use sts_backup_api::backup::StatefulSetBackup;
+use sts_backup_api::conditions::{self, NAMESPACE_NOT_GRANTED, STATEFUL_SET_NOT_FOUND};
+use sts_backup_api::run::{CurrentRun, RunResult};
 
-use super::claim_checks::{check_claims, ordinals};
-use super::observe::TargetFacts;
 use super::{Finding, Level, Read};
+use crate::backup::observe::Target;
+use crate::backup::preflight::{Problem, may_heal, rehearse};
 use crate::plugin::remedy::{remedy, thaw_trouble};
 use crate::plugin::table::count;
-
-/// On a pod: the container that kubectl and hooks mean when none is named.
-const DEFAULT_CONTAINER: &str = "kubectl.kubernetes.io/default-container";
 
 /// Everything that is checked for a backup.
 pub(super) fn check_backup(
     backup: &StatefulSetBackup,
-    targets: &TargetFacts,
-    classes: &Read<Vec<VolumeSnapshotClass>>,
+    target: &Read<Target>,
     now: Timestamp,
 ) -> Vec<Finding> {
     let mut findings = check_conditions(backup, now);
     let own = backup.namespace().unwrap_or_default();
-    let target = &backup.spec.stateful_set_ref;
-    let namespace = target.namespace_or(&own);
-    let object = format!("StatefulSet {namespace}/{}", target.name);
-    let Some(facts) = targets.namespaces.get(namespace) else { return findings };
-    let sets = match &facts.stateful_sets {
-        Ok(sets) => sets,
-        Err(why) => {
-            findings.push(Finding::unread(object, why));
-            return findings;
+    let set = &backup.spec.stateful_set_ref;
+    let object = format!("StatefulSet {}/{}", set.namespace_or(&own), set.name);
+    let refuse = |object, how: &str, reason| {
+        let (reason, remedy) = (format!("{reason}: {how}"), remedy(reason, &own, &backup.name_any()));
+        vec![Finding::fail(object, reason, remedy)]
+    };
+    findings.extend(match target {
+        Err(why) => vec![Finding::unread(format!("{object}, its claims and its pods"), why)],
+        Ok(Target::Read(facts)) => {
+            let plan = rehearse(&backup.spec, &set.name, facts, now);
+            let starting = plan.as_ref().is_err_and(|problems| may_heal(facts, problems));
+            check_plan(&object, plan, starting)
         }
-    };
-    let Some(set) = sets.iter().find(|set| set.name_any() == target.name) else {
-        findings.push(Finding::fail(
-            object,
-            format!("does not exist; StatefulSetBackup {own}/{} names it", backup.name_any()),
-            remedy("StatefulSetNotFound", &own, &backup.name_any()),
-        ));
-        return findings;
-    };
-    findings.extend(check_claims(backup, set, facts, targets, classes));
-    for (field, hook) in
-        [("preBackupHook", &backup.spec.pre_backup_hook), ("postBackupHook", &backup.spec.post_backup_hook)]
-    {
-        if let Some(hook) = hook {
-            findings.extend(check_hook(field, hook, set, &facts.pods));
+        Ok(Target::Elsewhere) => {
+            refuse(object, &format!("not in the namespace {own} of its backup"), NAMESPACE_NOT_GRANTED)
+        }
+        Ok(Target::Missing | Target::Unread | Target::Exists) => {
+            refuse(object, "it does not exist", STATEFUL_SET_NOT_FOUND)
+        }
+    });
+    findings
+}
+
+/// What the agent's preflight makes of the `StatefulSet` as it is now.
+fn check_plan(object: &str, plan: Result<CurrentRun, Vec<Problem>>, starting: bool) -> Vec<Finding> {
+    let bad = |level, reason| Finding { level, object: object.to_owned(), reason, remedy: None };
+    match plan {
+        Ok(CurrentRun { volumes, pods, left_out, .. }) => {
+            let mut ready = format!("{} can be snapshotted", count(volumes.len(), "claim"));
+            if !pods.is_empty() {
+                ready = format!("{ready}, {} ready for hooks", count(pods.len(), "pod"));
+            }
+            let left_out = left_out.into_iter().map(|why| bad(Level::Warn, format!("left out: {why}")));
+            iter::once(Finding::ok(object, ready)).chain(left_out).collect()
+        }
+        Err(problems) if starting => {
+            let why =
+                |Problem { kind, message }| bad(Level::Warn, format!("still starting: {kind}: {message}"));
+            problems.into_iter().map(why).collect()
+        }
+        Err(problems) => {
+            let why = |Problem { kind, message }| bad(Level::Fail, format!("{kind}: {message}"));
+            problems.into_iter().map(why).collect()
         }
     }
-    findings
 }
 
 fn check_conditions(backup: &StatefulSetBackup, now: Timestamp) -> Vec<Finding> {
@@ -110,60 +122,6 @@ fn advice(reason: &str, namespace: &str, name: &str) -> String {
     } else {
         advice
     }
-}
-
-/// Whether a hook finds every pod that it runs in ready, and its container there.
-fn check_hook(field: &str, hook: &Hook, set: &StatefulSet, pods: &Read<Vec<Pod>>) -> Vec<Finding> {
-    let namespace = set.namespace().unwrap_or_default();
-    let object = format!("{field} of StatefulSet {namespace}/{}", set.name_any());
-    let pods = match pods {
-        Ok(pods) => pods,
-        Err(why) => return vec![Finding::unread(object, why)],
-    };
-    let level = match hook.on_error {
-        OnError::Fail => Level::Fail,
-        OnError::Continue => Level::Warn,
-    };
-    let ordinals = match hook.pods {
-        HookPods::All => ordinals(set),
-        HookPods::First => ordinals(set).start..ordinals(set).start.saturating_add(1).min(ordinals(set).end),
-    };
-    let expected: Vec<_> = ordinals.map(|ordinal| format!("{}-{ordinal}", set.name_any())).collect();
-    let unfit = |name: &String| {
-        let pod = pods.iter().find(|pod| pod.name_any() == *name);
-        let (reason, remedy) = hook_pod(hook, pod).err()?;
-        Some(Finding::bad(level, format!("Pod {namespace}/{name}"), format!("{field}: {reason}"), remedy))
-    };
-    let findings: Vec<_> = expected.iter().filter_map(unfit).collect();
-    if findings.is_empty() {
-        return vec![Finding::ok(object, format!("{} ready for it", count(expected.len(), "pod")))];
-    }
-    findings
-}
-
-fn hook_pod(hook: &Hook, pod: Option<&Pod>) -> Result<(), (String, String)> {
-    let Some(pod) = pod else {
-        return Err((
-            "the pod does not exist".to_owned(),
-            "kubectl describe statefulset tells what keeps it away".to_owned(),
-        ));
-    };
-    let containers: Vec<_> =
-        pod.spec.iter().flat_map(|spec| &spec.containers).map(|container| container.name.as_str()).collect();
-    let named = hook.container_name.as_deref().filter(|name| !name.is_empty());
-    let meant = named.or_else(|| pod.annotations().get(DEFAULT_CONTAINER).map(String::as_str));
-    if let Some(container) = meant.filter(|container| !containers.contains(container)) {
-        return Err((
-            format!("the pod has no container {container}"),
-            format!("write in containerName one of: {}", containers.join(", ")),
-        ));
-    }
-    let conditions = pod.status.iter().flat_map(|status| status.conditions.iter().flatten());
-    let mut ready = conditions.filter(|condition| condition.type_ == "Ready");
-    if ready.any(|condition| condition.status == "True") {
-        return Ok(());
-    }
-    Err(("the pod is not ready".to_owned(), "kubectl describe pod tells why".to_owned()))
 }
 
 #[cfg(test)]

@@ -1,33 +1,13 @@
-use std::collections::BTreeMap;
-
 use serde_json::{Value, json};
 
-use super::super::observe::NamespaceFacts;
 use super::*;
+use crate::backup::preflight::ProblemKind;
 
 fn backup(spec: &Value, status: &Value) -> StatefulSetBackup {
     let mut spec = spec.clone();
     spec["statefulSetRef"] = json!({ "name": "db" });
     serde_json::from_value(json!({
         "metadata": { "name": "nightly", "namespace": "shop", "generation": 2 }, "spec": spec, "status": status,
-    }))
-    .unwrap()
-}
-
-fn set() -> StatefulSet {
-    serde_json::from_value(json!({
-        "metadata": { "name": "db", "namespace": "shop" },
-        "spec": { "replicas": 2, "selector": {}, "serviceName": "", "template": {},
-            "volumeClaimTemplates": [{ "metadata": { "name": "data" } }] },
-    }))
-    .unwrap()
-}
-
-fn pod(ordinal: i32, ready: &str) -> Pod {
-    serde_json::from_value(json!({
-        "metadata": { "name": format!("db-{ordinal}") },
-        "spec": { "containers": [{ "name": "db" }, { "name": "proxy" }] },
-        "status": { "conditions": [{ "type": "Ready", "status": ready }] },
     }))
     .unwrap()
 }
@@ -41,39 +21,6 @@ fn summary(findings: &[Finding]) -> Vec<(Level, String)> {
         .iter()
         .map(|finding| (finding.level, format!("{}: {}", finding.object, finding.reason)))
         .collect()
-}
-
-fn hook_check(hook: Value, pods: Vec<Pod>) -> Vec<(Level, String)> {
-    let hook: Hook = serde_json::from_value(hook).unwrap();
-    summary(&check_hook("preBackupHook", &hook, &set(), &Ok(pods)))
-}
-
-#[test]
-fn hooks_need_their_pods_ready() {
-    let pods = || vec![pod(0, "True"), pod(1, "False")];
-    let ready = (Level::Ok, "preBackupHook of StatefulSet shop/db: 1 pod ready for it".to_owned());
-    assert_eq!(hook_check(json!({ "command": ["x"], "pods": "First" }), pods()), [ready]);
-    let unready = "Pod shop/db-1: preBackupHook: the pod is not ready".to_owned();
-    assert_eq!(hook_check(json!({ "command": ["x"] }), pods()), [(Level::Fail, unready.clone())]);
-    assert_eq!(
-        hook_check(json!({ "command": ["x"], "onError": "Continue" }), pods()),
-        [(Level::Warn, unready)]
-    );
-    let missing = "Pod shop/db-1: preBackupHook: the pod does not exist".to_owned();
-    assert_eq!(hook_check(json!({ "command": ["x"] }), vec![pod(0, "True")]), [(Level::Fail, missing)]);
-}
-
-#[test]
-fn hooks_need_their_container() {
-    let named = |name: &str| json!({ "command": ["x"], "containerName": name, "pods": "First" });
-    assert_eq!(hook_check(named("proxy"), vec![pod(0, "True")])[0].0, Level::Ok);
-    assert_eq!(
-        hook_check(named("gone"), vec![pod(0, "True")]),
-        [(Level::Fail, "Pod shop/db-0: preBackupHook: the pod has no container gone".to_owned())]
-    );
-    let mut annotated = pod(0, "True");
-    annotated.annotations_mut().insert(DEFAULT_CONTAINER.to_owned(), "lost".to_owned());
-    assert_eq!(hook_check(json!({ "command": ["x"], "pods": "First" }), vec![annotated])[0].0, Level::Fail);
 }
 
 #[test]
@@ -112,23 +59,51 @@ fn conditions_that_are_false_are_findings_and_a_running_freeze_is_none() {
 }
 
 #[test]
-fn a_target_that_is_missing_or_unread_ends_the_check() {
-    let check = |stateful_sets: Read<Vec<StatefulSet>>| {
-        let facts = NamespaceFacts { stateful_sets, claims: Ok(Vec::new()), pods: Ok(Vec::new()) };
-        let namespaces = BTreeMap::from([("shop".to_owned(), facts)]);
-        let targets = TargetFacts { namespaces, drivers: Ok(BTreeMap::new()) };
-        summary(&check_backup(&backup(&json!({}), &json!({})), &targets, &Ok(Vec::new()), now())).split_off(1)
+fn problems_of_the_preflight_are_failures_unless_they_may_heal() {
+    let check = |starting| {
+        let message = "PersistentVolumeClaim data-db-2 does not exist: wait".to_owned();
+        let problem = Problem { kind: ProblemKind::ClaimMissing, message };
+        check_plan("StatefulSet shop/db", Err(vec![problem]), starting)
     };
+    let said = "ClaimMissing: PersistentVolumeClaim data-db-2 does not exist: wait";
+    assert_eq!(summary(&check(false)), [(Level::Fail, format!("StatefulSet shop/db: {said}"))]);
     assert_eq!(
-        check(Ok(Vec::new())),
-        [(
-            Level::Fail,
-            "StatefulSet shop/db: does not exist; StatefulSetBackup shop/nightly names it".to_owned()
-        )]
+        summary(&check(true)),
+        [(Level::Warn, format!("StatefulSet shop/db: still starting: {said}"))]
+    );
+}
+
+#[test]
+fn a_plan_that_leaves_claims_out_is_a_warning_for_each() {
+    let run: CurrentRun = serde_json::from_value(json!({
+        "id": "r", "slot": { "due": "Creation", "value": "x", "attempt": 1 }, "step": "Frozen",
+        "started": "2026-02-03T02:00:00.000000Z", "leftOut": ["PersistentVolumeClaim data-db-1 is not bound"],
+        "volumes": [{ "claim": "data-db-0", "template": "data", "ordinal": 0, "snapshot": "s",
+            "snapshotClass": "fast", "state": "Pending" }],
+        "pods": [{ "name": "db-0", "uid": "p", "freezeContainer": "db" }],
+    }))
+    .unwrap();
+    let object = "StatefulSet shop/db";
+    assert_eq!(
+        summary(&check_plan(object, Ok(run), false)),
+        [
+            (Level::Ok, format!("{object}: 1 claim can be snapshotted, 1 pod ready for hooks")),
+            (Level::Warn, format!("{object}: left out: PersistentVolumeClaim data-db-1 is not bound")),
+        ]
+    );
+}
+
+#[test]
+fn a_target_that_is_missing_elsewhere_or_unread_ends_the_check() {
+    let check = |target| summary(&check_backup(&backup(&json!({}), &json!({})), &target, now())).split_off(1);
+    let fails = |reason: &str| [(Level::Fail, format!("StatefulSet shop/db: {reason}"))];
+    assert_eq!(check(Ok(Target::Missing)), fails("StatefulSetNotFound: it does not exist"));
+    assert_eq!(
+        check(Ok(Target::Elsewhere)),
+        fails("NamespaceNotGranted: not in the namespace shop of its backup")
     );
     assert_eq!(
         check(Err("you may not".to_owned())),
-        [(Level::Warn, "StatefulSet shop/db: not checked: you may not".to_owned())]
+        [(Level::Warn, "StatefulSet shop/db, its claims and its pods: not checked: you may not".to_owned())]
     );
-    assert_eq!(check(Ok(vec![set()])).len(), 2);
 }

@@ -195,7 +195,7 @@ fn check_snapshot_controller(deployments: &Read<Vec<Deployment>>) -> Finding {
     }
 }
 
-pub(super) fn is_default(class: &VolumeSnapshotClass) -> bool {
+fn is_default(class: &VolumeSnapshotClass) -> bool {
     class.annotations().get(DEFAULT_CLASS_ANNOTATION).is_some_and(|value| value == "true")
 }
 

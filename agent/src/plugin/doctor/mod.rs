@@ -3,7 +3,6 @@
 //! [`observe`] reads the cluster; the checks are pure functions of what it read and the present time.
 
 mod backup_checks;
-mod claim_checks;
 mod cluster_checks;
 mod observe;
 mod sidecar_checks;
@@ -48,7 +47,7 @@ struct Finding {
     object: String,
     /// What is the matter with it.
     reason: String,
-    /// What to do about it; absent when all is well.
+    /// What to do about it; absent when all is well, or when the reason says it.
     #[serde(skip_serializing_if = "Option::is_none")]
     remedy: Option<String>,
 }
@@ -111,9 +110,9 @@ pub(super) async fn doctor(cluster: &Cluster, how: &Doctor) -> Result<Exit, Erro
     if backups.is_empty() && findings.len() == of_cluster {
         findings.push(Finding::ok("StatefulSetBackups", format!("none to check in {}", scope.describe())));
     }
-    let targets = observe::target_facts(cluster, &backups).await;
     for backup in &backups {
-        findings.extend(backup_checks::check_backup(backup, &targets, &facts.classes, clock::now()));
+        let target = observe::target(cluster, backup).await;
+        findings.extend(backup_checks::check_backup(backup, &target, clock::now()));
     }
 
     let text = match how.output {

@@ -1,12 +1,10 @@
 //! Reads what the checks need. Whatever may not be read is a fact as well.
 
-use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Debug;
 
 use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::apps::v1::{DaemonSet, Deployment, StatefulSet};
 use k8s_openapi::api::coordination::v1::Lease;
-use k8s_openapi::api::core::v1::{PersistentVolume, PersistentVolumeClaim, Pod};
 use kube::api::ListParams;
 use kube::{Api, Resource, ResourceExt};
 use serde::de::DeserializeOwned;
@@ -15,8 +13,10 @@ use sts_backup_api::snapshot::VolumeSnapshotClass;
 
 use super::Read;
 use super::cluster_checks::{NEEDED_KINDS, ServedKinds};
+use crate::backup::error::Error as ReadError;
+use crate::backup::observe::{Target, read_target};
 use crate::plugin::cluster::{Cluster, Scope, list_all};
-use crate::plugin::error::not_found;
+use crate::plugin::error::{Error, not_found};
 
 /// The agent's Lease, in the namespace that it runs in.
 pub(super) const LEASE: &str = "sts-backup-agent";
@@ -32,21 +32,18 @@ pub(super) struct ClusterFacts {
     pub(super) classes: Read<Vec<VolumeSnapshotClass>>,
 }
 
-/// What the backups' targets look like.
-#[derive(Debug)]
-pub(super) struct TargetFacts {
-    /// By namespace.
-    pub(super) namespaces: BTreeMap<String, NamespaceFacts>,
-    /// The driver of each volume by the volume's name; `None`: not CSI.
-    pub(super) drivers: Read<BTreeMap<String, Option<String>>>,
-}
-
-/// What is in a namespace.
-#[derive(Debug)]
-pub(super) struct NamespaceFacts {
-    pub(super) stateful_sets: Read<Vec<StatefulSet>>,
-    pub(super) claims: Read<Vec<PersistentVolumeClaim>>,
-    pub(super) pods: Read<Vec<Pod>>,
+/// Reads the `StatefulSet` that a backup names as the agent's preflight does.
+pub(super) async fn target(cluster: &Cluster, backup: &StatefulSetBackup) -> Read<Target> {
+    let own = backup.namespace().unwrap_or_default();
+    let target = &backup.spec.stateful_set_ref;
+    if target.namespace_or(&own) != own {
+        return Ok(Target::Elsewhere);
+    }
+    let read = read_target(&cluster.client(), &own, &target.name).await;
+    read.map_err(|err| match err {
+        ReadError::Request { operation, source } => Error::of(operation, None, source).brief(),
+        err @ ReadError::NoAnswer { .. } => err.to_string(),
+    })
 }
 
 /// Reads what is checked once a cluster.
@@ -67,48 +64,18 @@ pub(super) async fn cluster_facts(cluster: &Cluster) -> ClusterFacts {
     ClusterFacts {
         served,
         leases: read(&leases, &named).await,
-        deployments: read_all(cluster, &Scope::All).await,
-        daemon_sets: read_all(cluster, &Scope::All).await,
-        stateful_sets: read_all(cluster, &Scope::All).await,
+        deployments: read_all(cluster).await,
+        daemon_sets: read_all(cluster).await,
+        stateful_sets: read_all(cluster).await,
         classes: read(&classes, &ListParams::default()).await,
     }
 }
 
-/// Reads the namespaces that the backups' targets are in, each once.
-pub(super) async fn target_facts(cluster: &Cluster, backups: &[StatefulSetBackup]) -> TargetFacts {
-    let target = |backup: &StatefulSetBackup| {
-        let own = backup.namespace().unwrap_or_default();
-        backup.spec.stateful_set_ref.namespace_or(&own).to_owned()
-    };
-    let mut namespaces = BTreeMap::new();
-    for namespace in backups.iter().map(target).collect::<BTreeSet<_>>() {
-        let scope = Scope::Namespace(namespace.clone());
-        let facts = NamespaceFacts {
-            stateful_sets: read_all(cluster, &scope).await,
-            claims: read_all(cluster, &scope).await,
-            pods: read_all(cluster, &scope).await,
-        };
-        namespaces.insert(namespace, facts);
-    }
-    let drivers = if namespaces.is_empty() { Ok(BTreeMap::new()) } else { drivers(cluster).await };
-    TargetFacts { namespaces, drivers }
-}
-
-async fn drivers(cluster: &Cluster) -> Read<BTreeMap<String, Option<String>>> {
-    let volumes: Api<PersistentVolume> = Api::all(cluster.client());
-    let volumes = read(&volumes, &ListParams::default()).await?;
-    let driver = |volume: PersistentVolume| {
-        let name = volume.name_any();
-        (name, volume.spec.and_then(|spec| spec.csi).map(|csi| csi.driver))
-    };
-    Ok(volumes.into_iter().map(driver).collect())
-}
-
-async fn read_all<K>(cluster: &Cluster, scope: &Scope) -> Read<Vec<K>>
+async fn read_all<K>(cluster: &Cluster) -> Read<Vec<K>>
 where
     K: Resource<DynamicType = (), Scope = NamespaceResourceScope> + Clone + DeserializeOwned + Debug,
 {
-    read(&cluster.api(scope), &ListParams::default()).await
+    read(&cluster.api(&Scope::All), &ListParams::default()).await
 }
 
 async fn read<K>(api: &Api<K>, how: &ListParams) -> Read<Vec<K>>

@@ -1,0 +1,127 @@
+//! What the controller works with in this process, and what only this process knows: running hooks, and which backup
+//! has a run of which `StatefulSet`. Everything else is in the cluster.
+
+use std::time::Duration;
+
+use dashmap::DashMap;
+use k8s_openapi::api::events::v1::Event;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{MicroTime, ObjectMeta};
+use kube::api::PostParams;
+use kube::runtime::events::Reporter;
+use kube::runtime::reflector::{ObjectRef, Store};
+use kube::{Api, Client, Resource, ResourceExt};
+use sts_backup_api::backup::StatefulSetBackup;
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tracing::{debug, warn};
+
+use super::metrics::BackupMetrics;
+use super::status::Note;
+use crate::lease::Leadership;
+use crate::{clock, telemetry};
+
+/// The longest note that the API server admits in an Event, bytes.
+const MAX_NOTE: usize = 1024;
+
+/// How long an Event may take, also at the end of the process: it is not worth more.
+const EVENT_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// A `StatefulSet`: namespace and name.
+type SetName = (String, String);
+
+/// What the controller works with.
+pub(super) struct Context {
+    pub(super) client: Client,
+    /// For what must not be repeated behind our back.
+    pub(super) exec: Client,
+    pub(super) leadership: Leadership,
+    pub(super) reporter: Reporter,
+    pub(super) metrics: BackupMetrics,
+    /// Cancelled when this replica is to stop: no new work, thaw what is frozen.
+    pub(super) stop: CancellationToken,
+    /// The runs whose hooks this process is running, by the uid of their object.
+    pub(super) sections: DashMap<String, CancellationToken>,
+    pub(super) tasks: TaskTracker,
+    /// The backup that has a run of each `StatefulSet`: the thaw of another one would end its freeze.
+    pub(super) busy: DashMap<SetName, ObjectRef<StatefulSetBackup>>,
+    pub(super) backups: Store<StatefulSetBackup>,
+    /// Asks for a reconciliation.
+    pub(super) wake: mpsc::UnboundedSender<ObjectRef<StatefulSetBackup>>,
+    /// Failed reconciliations in a row, by uid.
+    pub(super) failures: DashMap<String, u32>,
+}
+
+/// The `StatefulSet` that a backup is of.
+pub(super) fn set_name(backup: &StatefulSetBackup) -> SetName {
+    let own = backup.namespace().unwrap_or_default();
+    let target = &backup.spec.stateful_set_ref;
+    (target.namespace_or(&own).to_owned(), target.name.clone())
+}
+
+impl Context {
+    /// Marks a `StatefulSet` as having a run of this backup; or names the backup that has one.
+    pub(super) fn occupy(&self, backup: &StatefulSetBackup) -> Result<(), String> {
+        let own = ObjectRef::from_obj(backup);
+        let mut holder = self.busy.entry(set_name(backup)).or_insert_with(|| own.clone());
+        // One that is gone without a trace holds nothing.
+        if *holder == own || self.backups.get(&holder).is_none() {
+            *holder = own;
+            return Ok(());
+        }
+        Err(holder.name.clone())
+    }
+
+    /// Lets another backup run, and tells those that may wait for it.
+    pub(super) fn vacate(&self, backup: &StatefulSetBackup) {
+        let (own, set) = (ObjectRef::from_obj(backup), set_name(backup));
+        if self.busy.remove_if(&set, |_, holder| *holder == own).is_none() {
+            return;
+        }
+        for other in self.backups.state().iter().filter(|other| set_name(other) == set) {
+            let _ = self.wake.send(ObjectRef::from_obj(&**other));
+        }
+    }
+
+    /// The other backup that has a run of the same `StatefulSet`.
+    pub(super) fn busy_with(&self, backup: &StatefulSetBackup) -> Option<String> {
+        let holder = self.busy.get(&set_name(backup))?.clone();
+        (holder != ObjectRef::from_obj(backup) && self.backups.get(&holder).is_some()).then_some(holder.name)
+    }
+
+    /// Publishes an Event about a backup, beside what is going on. Each is an object of its own: kube's recorder would
+    /// count the next one of the same reason as a repetition, and keep the first one's words.
+    pub(super) fn publish(&self, backup: &StatefulSetBackup, note: Note) {
+        let Note { kind, reason, action, mut message } = note;
+        message.truncate(message.floor_char_boundary(MAX_NOTE));
+        let namespace = backup.namespace().unwrap_or_default();
+        let event = Event {
+            metadata: ObjectMeta {
+                generate_name: Some(format!("{}-", backup.name_any())),
+                ..ObjectMeta::default()
+            },
+            event_time: Some(MicroTime(clock::now())),
+            type_: Some(kind.to_owned()),
+            reason: Some(reason.to_owned()),
+            action: Some(action.to_owned()),
+            note: Some(message),
+            regarding: Some(backup.object_ref(&())),
+            reporting_controller: Some(self.reporter.controller.clone()),
+            reporting_instance: self.reporter.instance.clone(),
+            ..Event::default()
+        };
+        let events: Api<Event> = Api::namespaced(self.exec.clone(), &namespace);
+        self.tasks.spawn(async move {
+            let created =
+                tokio::time::timeout(EVENT_TIMEOUT, events.create(&PostParams::default(), &event)).await;
+            match created {
+                Ok(Ok(_)) | Err(_) => {}
+                // As in a namespace that is being deleted.
+                Ok(Err(kube::Error::Api(status))) if status.code == 403 || status.code == 404 => {
+                    debug!(reason, "event not published");
+                }
+                Ok(Err(err)) => warn!(error = %telemetry::chain(&err), reason, "event not published"),
+            }
+        });
+    }
+}

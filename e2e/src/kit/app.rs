@@ -1,0 +1,221 @@
+//! A `StatefulSet` whose pods do nothing but what a test tells them by `sh`: for tests of what goes on around an
+//! application.
+//!
+//! Its claims are called `<template>-<name>-<ordinal>`. Pods may write to `/dev/shm`, which all containers of a pod
+//! share and which ends with the pod, and to their volumes at `/volumes/<template>`. `$CONTAINER` is the name of the
+//! container, `$HOSTNAME` that of the pod.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use k8s_openapi::api::apps::v1::StatefulSet;
+use kube::Api;
+use kube::api::PostParams;
+use serde_json::{Value, json};
+
+use super::Namespace;
+use super::exec::exec;
+use super::poll::until;
+use crate::condition::{await_condition, statefulset_ready};
+
+/// A start takes a second; the rest is for a busy machine.
+const READY_TIMEOUT: Duration = Duration::from_mins(2);
+
+/// A pod that waits to be told is ready once it has this file.
+const READY_FILE: &str = "/dev/shm/ready";
+
+/// `nobody` in the image.
+const USER_ID: i64 = 65534;
+
+/// `replicas` pods that wait for commands.
+#[derive(Clone)]
+pub struct App {
+    ns: Namespace,
+    name: String,
+    replicas: i32,
+    start: i32,
+    templates: Vec<(String, String)>,
+    containers: Vec<String>,
+    default_container: Option<String>,
+    told_ready: bool,
+}
+
+impl App {
+    /// One pod with the container `main` and the claim template `data`, 16 MiB of the class `stsb-e2e`.
+    #[must_use]
+    pub fn new(ns: &Namespace, name: &str) -> Self {
+        Self {
+            ns: ns.clone(),
+            name: name.to_owned(),
+            replicas: 1,
+            start: 0,
+            templates: vec![("data".to_owned(), "stsb-e2e".to_owned())],
+            containers: vec!["main".to_owned()],
+            default_container: None,
+            told_ready: false,
+        }
+    }
+
+    /// How many pods.
+    #[must_use]
+    pub fn replicas(self, replicas: i32) -> Self {
+        Self { replicas, ..self }
+    }
+
+    /// The ordinal of the first pod.
+    #[must_use]
+    pub fn start(self, start: i32) -> Self {
+        Self { start, ..self }
+    }
+
+    /// One more claim template, of a `StorageClass`.
+    #[must_use]
+    pub fn template(mut self, name: &str, storage_class: &str) -> Self {
+        self.templates.push((name.to_owned(), storage_class.to_owned()));
+        self
+    }
+
+    /// One more container, which `kubectl.kubernetes.io/default-container` names.
+    #[must_use]
+    pub fn default_container(mut self, name: &str) -> Self {
+        self.containers.push(name.to_owned());
+        self.default_container = Some(name.to_owned());
+        self
+    }
+
+    /// No pod is ready before [`Self::tell_ready`].
+    #[must_use]
+    pub fn ready_when_told(self) -> Self {
+        Self { told_ready: true, ..self }
+    }
+
+    /// Creates the `StatefulSet` and waits until every pod is ready.
+    ///
+    /// # Errors
+    /// When it cannot be created, or a pod is not ready in time.
+    pub async fn deploy(&self) -> Result<()> {
+        self.create().await?;
+        let ready = statefulset_ready(self.replicas);
+        await_condition(&self.ns.api::<StatefulSet>(), &self.name, "ready", READY_TIMEOUT, ready).await?;
+        Ok(())
+    }
+
+    /// Creates the `StatefulSet`, and does not wait.
+    ///
+    /// # Errors
+    /// When the API server refuses it.
+    pub async fn create(&self) -> Result<()> {
+        let sets: Api<StatefulSet> = self.ns.api();
+        let set = serde_json::from_value(self.stateful_set(&self.ns.cluster().images().shell))?;
+        sets.create(&PostParams::default(), &set)
+            .await
+            .with_context(|| format!("create the StatefulSet {}", self.name))?;
+        Ok(())
+    }
+
+    /// The pod of an ordinal.
+    #[must_use]
+    pub fn pod_name(&self, ordinal: i32) -> String {
+        format!("{}-{ordinal}", self.name)
+    }
+
+    /// Runs a script in the first container of a pod, and returns what it printed.
+    ///
+    /// # Errors
+    /// When it cannot be run, or fails.
+    pub async fn sh(&self, ordinal: i32, script: &str) -> Result<String> {
+        self.exec(ordinal, script).await?.success()
+    }
+
+    /// Waits until a script succeeds in a pod.
+    ///
+    /// # Errors
+    /// When it does not within half a minute, or cannot be run.
+    pub async fn await_success(&self, ordinal: i32, what: &str, script: &str) -> Result<()> {
+        until(what, async || Ok(self.exec(ordinal, script).await?.exit_code == 0)).await
+    }
+
+    /// Makes a pod ready that waits to be told.
+    ///
+    /// # Errors
+    /// When the pod takes no command.
+    pub async fn tell_ready(&self, ordinal: i32) -> Result<()> {
+        self.sh(ordinal, &format!("touch {READY_FILE}")).await?;
+        Ok(())
+    }
+
+    async fn exec(&self, ordinal: i32, script: &str) -> Result<super::exec::Output> {
+        let (cluster, pod) = (self.ns.cluster(), self.pod_name(ordinal));
+        exec(cluster, self.ns.name(), &pod, &self.containers[0], &["sh", "-c", script]).await
+    }
+
+    fn stateful_set(&self, image: &str) -> Value {
+        let Self { ns: _, name, replicas, start, templates, .. } = self;
+        let claim = |(template, class): &(String, String)| {
+            json!({
+                "metadata": { "name": template },
+                "spec": {
+                    "accessModes": ["ReadWriteOnce"],
+                    "storageClassName": class,
+                    "resources": { "requests": { "storage": "16Mi" } },
+                },
+            })
+        };
+        let annotations =
+            self.default_container.iter().map(|name| ("kubectl.kubernetes.io/default-container", name));
+        let annotations: serde_json::Map<String, Value> =
+            annotations.map(|(key, name)| (key.to_owned(), json!(name))).collect();
+        json!({
+            "metadata": { "name": name },
+            "spec": {
+                "replicas": replicas,
+                "ordinals": { "start": start },
+                "podManagementPolicy": "Parallel",
+                "selector": { "matchLabels": { "app": name } },
+                "template": {
+                    "metadata": { "labels": { "app": name }, "annotations": annotations },
+                    "spec": self.pod_spec(image),
+                },
+                "volumeClaimTemplates": templates.iter().map(claim).collect::<Vec<_>>(),
+            },
+        })
+    }
+
+    fn pod_spec(&self, image: &str) -> Value {
+        let mount = |(template, _): &(String, String)| json!({ "name": template, "mountPath": format!("/volumes/{template}") });
+        let mounts: Vec<Value> = self.templates.iter().map(mount).collect();
+        let container = |name: &String| {
+            let mut container = json!({
+                "name": name,
+                "image": image,
+                "imagePullPolicy": "Never",
+                "command": ["/bin/sh", "-c", "trap exit TERM; sleep 2147483647 & wait"],
+                "env": [{ "name": "CONTAINER", "value": name }],
+                "resources": { "requests": { "cpu": "5m", "memory": "4Mi" } },
+                "securityContext": {
+                    "allowPrivilegeEscalation": false,
+                    "readOnlyRootFilesystem": true,
+                    "capabilities": { "drop": ["ALL"] },
+                },
+                "volumeMounts": mounts,
+            });
+            if self.told_ready {
+                let probe = json!({ "exec": { "command": ["test", "-e", READY_FILE] }, "periodSeconds": 1, "timeoutSeconds": 5 });
+                container["readinessProbe"] = probe;
+            }
+            container
+        };
+        json!({
+            "automountServiceAccountToken": false,
+            "terminationGracePeriodSeconds": 2,
+            "securityContext": {
+                "runAsNonRoot": true,
+                "runAsUser": USER_ID,
+                "runAsGroup": USER_ID,
+                "fsGroup": USER_ID,
+                "seccompProfile": { "type": "RuntimeDefault" },
+            },
+            "containers": self.containers.iter().map(container).collect::<Vec<_>>(),
+        })
+    }
+}

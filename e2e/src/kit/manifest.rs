@@ -1,0 +1,49 @@
+//! `StatefulSetBackup`s as users write them, sent as kubectl sends them: an unknown field is refused, not dropped.
+
+use anyhow::{Result, bail};
+use kube::Resource;
+use serde_json::{Value, json};
+use sts_backup_api::backup::StatefulSetBackup;
+
+use super::Namespace;
+
+/// A manifest with that spec.
+#[must_use]
+pub fn manifest(name: &str, spec: &Value) -> Value {
+    json!({
+        "apiVersion": StatefulSetBackup::api_version(&()),
+        "kind": StatefulSetBackup::kind(&()),
+        "metadata": { "name": name },
+        "spec": spec,
+    })
+}
+
+/// Creates what a manifest describes.
+///
+/// # Errors
+/// When the API server refuses it.
+pub async fn create(ns: &Namespace, manifest: &Value) -> Result<()> {
+    send(ns, manifest, "").await?;
+    Ok(())
+}
+
+/// What the API server has to say against a manifest; nothing when it would admit it. Nothing is created.
+///
+/// # Errors
+/// When it is not judged by its content.
+pub async fn refusal(ns: &Namespace, manifest: &Value) -> Result<Option<String>> {
+    match send(ns, manifest, "&dryRun=All").await {
+        Ok(()) => Ok(None),
+        Err(kube::Error::Api(status)) if matches!(status.code, 400 | 422) => Ok(Some(status.message)),
+        Err(err) => bail!(err),
+    }
+}
+
+async fn send(ns: &Namespace, manifest: &Value, parameters: &str) -> kube::Result<()> {
+    let path = StatefulSetBackup::url_path(&(), Some(ns.name()));
+    let request = hyper::Request::post(format!("{path}?fieldValidation=Strict{parameters}"))
+        .header(hyper::header::CONTENT_TYPE, "application/json")
+        .body(manifest.to_string().into_bytes())
+        .map_err(kube::Error::HttpError)?;
+    ns.cluster().client().request::<Value>(request).await.map(drop)
+}
