@@ -63,6 +63,13 @@ pub async fn make(harness: &Harness) -> Result<(Images, Vec<Archive>)> {
     let packages = Packages::get(harness, "images", &PACKAGES).await?;
     let csi = CSI.build(harness).await?;
     let driver = build_ours(harness, "test CSI driver", "csi-driver", &["sts-backup-e2e"]).await?;
+    build_ours(
+        harness,
+        "kubectl plugin",
+        "kubectl-stsbackup",
+        &["sts-backup-agent", "--features=failpoints"],
+    )
+    .await?;
 
     let sidecars = ["csi-provisioner", "csi-snapshotter", "snapshot-controller"];
     let driver_key = Key::new().with(packages.key()).with(std::fs::read(&driver)?).finish();

@@ -15,6 +15,7 @@ mod conformance;
 mod crashes;
 mod faults;
 mod hooks;
+mod plugin;
 mod proxy;
 mod snapshots;
 mod topology;
