@@ -87,16 +87,17 @@ impl Drill {
         Ok(Self { ns: ns.clone(), postgres, backup, load, requests: 0 })
     }
 
-    /// An agent of this name, with a lease so short that another one soon takes over.
+    /// An agent of this name that is going to be hurt: its lease is so short that another one soon takes over.
     #[must_use]
     pub fn agent(&self, identity: &str) -> LocalAgentConfig {
         LocalAgentConfig::new(&self.ns, identity).short_lease()
     }
 
-    /// An agent of this name with a lease of the default length.
+    /// An agent of this name that is to stay: it keeps its lease of the default length also on a busy machine, and
+    /// looks each second whether that of another one has run out.
     #[must_use]
-    pub fn default_agent(&self, identity: &str) -> LocalAgentConfig {
-        LocalAgentConfig::new(&self.ns, identity)
+    pub fn steady_agent(&self, identity: &str) -> LocalAgentConfig {
+        LocalAgentConfig::new(&self.ns, identity).env("STSB_LEASE__RETRY_SECONDS", "1")
     }
 
     /// The namespace of all this.
@@ -135,7 +136,7 @@ impl Drill {
         let status = sound.wait_exit().await?;
         ensure!(status.success(), "an idle agent ended with {status}");
         failing.await_leads().await?;
-        *sound = LocalAgent::start(&self.agent(&format!("after-{crash_point}"))).await?;
+        *sound = LocalAgent::start(&self.steady_agent(&format!("after-{crash_point}"))).await?;
 
         self.request().await?;
         let status = failing.wait_exit().await?;

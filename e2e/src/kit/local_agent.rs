@@ -62,11 +62,12 @@ impl LocalAgentConfig {
         self
     }
 
-    /// A lease of three seconds: another agent soon takes over from one that died.
+    /// A lease of four seconds, for an agent that is going to die: another one soon takes over. On a busy machine it may
+    /// lose such a lease by itself.
     #[must_use]
     pub fn short_lease(self) -> Self {
-        self.env("STSB_LEASE__DURATION_SECONDS", "3")
-            .env("STSB_LEASE__RENEW_DEADLINE_SECONDS", "2")
+        self.env("STSB_LEASE__DURATION_SECONDS", "4")
+            .env("STSB_LEASE__RENEW_DEADLINE_SECONDS", "3")
             .env("STSB_LEASE__RETRY_SECONDS", "1")
     }
 

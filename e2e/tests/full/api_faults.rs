@@ -28,7 +28,7 @@ async fn with_proxy(
 
 /// Its lease is of the default length: here it keeps it.
 async fn start(drill: &Drill, proxy: &ApiProxy) -> Result<LocalAgent> {
-    LocalAgent::start(&drill.default_agent("agent").kubeconfig(proxy.kubeconfig())).await
+    LocalAgent::start(&drill.steady_agent("agent").kubeconfig(proxy.kubeconfig())).await
 }
 
 #[tokio::test]
@@ -97,7 +97,7 @@ async fn snapshots_that_a_slow_api_server_creates_for_an_agent_that_is_dead_do_n
         let first = LocalAgent::start(&drill.agent("first").kubeconfig(proxy.kubeconfig())).await?;
         slow.await_hits(3).await;
         first.kill().await?;
-        let _second = LocalAgent::start(&drill.agent("second")).await?;
+        let _second = LocalAgent::start(&drill.steady_agent("second")).await?;
         let attempts = drill.ensure_completed().await?;
         ensure!(attempts.len() == 2, "it took {attempts:#?}");
         drop(slow);
@@ -211,7 +211,7 @@ async fn an_api_server_that_fails_every_request_until_the_lease_is_lost_leaves_t
         ensure!(status.code() == Some(3), "it ended with {status}");
         ensure!(drill.is_frozen().await?, "it was thawed by something else");
         drop(fault);
-        let _second = LocalAgent::start(&drill.agent("second")).await?;
+        let _second = LocalAgent::start(&drill.steady_agent("second")).await?;
         let attempts = drill.ensure_completed().await?;
         ensure!(attempts.len() == 2, "it took {attempts:#?}");
         Ok(())

@@ -35,7 +35,7 @@ const CRASH_POINTS: [(&str, usize); 10] = [
 async fn a_run_survives_the_death_of_its_agent_at_every_boundary() -> Result<()> {
     alone_in_namespace("crash", async |ns| {
         let mut drill = Drill::deploy(ns, &[], |_| ()).await?;
-        let mut sound = LocalAgent::start(&drill.agent("sound")).await?;
+        let mut sound = LocalAgent::start(&drill.steady_agent("sound")).await?;
         drill.ensure_completed().await?;
         for (crash_point, attempts) in CRASH_POINTS {
             let survived = drill.ensure_survives(&mut sound, crash_point, attempts).await;
@@ -58,7 +58,7 @@ async fn a_run_whose_agents_die_one_after_the_other_is_tried_three_times_in_all(
             let mut failing = LocalAgent::start(&failing).await?;
             ensure!(failing.wait_exit().await?.code().is_none(), "the agent did not die at {crash_point}");
         }
-        let _sound = LocalAgent::start(&drill.agent("sound")).await?;
+        let _sound = LocalAgent::start(&drill.steady_agent("sound")).await?;
         let attempts = drill.settled().await?;
         ensure!(attempts.len() == 3, "it was tried {} times: {attempts:#?}", attempts.len());
         ensure!(attempts.iter().all(|run| run.reason == "Interrupted"), "{attempts:#?}");
@@ -83,7 +83,7 @@ async fn an_agent_that_is_asked_to_end_thaws_first_and_the_next_one_begins_the_r
         ensure!(!drill.is_frozen().await?, "it ended and left a server frozen");
         ensure!(first.log()?.contains("the lease is released"), "it did not release the lease");
 
-        let _second = LocalAgent::start(&drill.agent("second")).await?;
+        let _second = LocalAgent::start(&drill.steady_agent("second")).await?;
         let attempts = drill.ensure_completed().await?;
         ensure!(attempts.len() == 2, "it took {attempts:#?}");
         Ok(())
@@ -103,7 +103,7 @@ async fn a_backup_that_is_deleted_while_its_agent_is_dead_is_thawed_and_let_go()
         drill.backup().delete().await?;
         ensure!(drill.is_frozen().await?, "it was thawed without an agent");
 
-        let _second = LocalAgent::start(&drill.agent("second")).await?;
+        let _second = LocalAgent::start(&drill.steady_agent("second")).await?;
         await_deleted(&drill.backup().api(), &backup, TIMEOUT).await?;
         ensure_nothing_is_left(&mut drill).await
     })
@@ -115,7 +115,7 @@ async fn a_backup_that_is_deleted_while_its_agent_is_dead_is_thawed_and_let_go()
 async fn a_backup_that_is_deleted_in_mid_freeze_is_thawed_and_let_go() -> Result<()> {
     alone_in_namespace("crash", async |ns| {
         let mut drill = Drill::deploy(ns, &NEVER_CUT, |_| ()).await?;
-        let _agent = LocalAgent::start(&drill.agent("agent")).await?;
+        let _agent = LocalAgent::start(&drill.steady_agent("agent")).await?;
         let run = drill.await_frozen(1).await?;
         ensure!(run.step == RunStep::Frozen, "{run:?}");
         let backup = drill.backup().api().get(drill.backup().name()).await?;

@@ -18,7 +18,7 @@ const SEED_VARIABLE: &str = "STSB_E2E_SEED";
 const LATEST_KILL: Duration = Duration::from_secs(5);
 
 fn values() -> Value {
-    json!({ "config": { "lease": { "duration_seconds": 3, "renew_deadline_seconds": 2, "retry_seconds": 1 } } })
+    json!({ "config": { "lease": { "duration_seconds": 4, "renew_deadline_seconds": 3, "retry_seconds": 1 } } })
 }
 
 #[tokio::test]

@@ -30,7 +30,7 @@ async fn a_leader_whose_lease_another_one_takes_in_mid_freeze_ends_and_the_next_
         ensure!(status.code() == LEADERSHIP_LOST, "it ended with {status}");
         ensure!(freezes.hits() + creates.hits() == 0, "it began something without its lease");
 
-        let _second = LocalAgent::start(&drill.agent("second")).await?;
+        let _second = LocalAgent::start(&drill.steady_agent("second")).await?;
         let attempts = drill.ensure_completed().await?;
         ensure!(attempts.len() == 2, "it took {attempts:#?}");
         Ok(())
@@ -56,7 +56,7 @@ async fn a_leader_that_hangs_in_mid_freeze_and_comes_back_in_the_next_freeze_doe
         let mut drill = Drill::deploy(ns, &[("cutDelay", "5s")], |_| ()).await?;
         let mut first = LocalAgent::start(&drill.agent("first").kubeconfig(proxy.kubeconfig())).await?;
         first.await_leads().await?;
-        let _second = LocalAgent::start(&drill.agent("second")).await?;
+        let _second = LocalAgent::start(&drill.steady_agent("second")).await?;
         drill.await_frozen(1).await?;
         first.pause()?;
         drill.await_frozen(2).await?;
@@ -83,7 +83,7 @@ async fn a_leader_that_hangs_before_its_snapshots_are_created_creates_none_when_
         let refused = proxy.fail(|method, uri| is_create_of_snapshot(method, uri).then_some(500));
         let mut first = LocalAgent::start(&drill.agent("first").kubeconfig(proxy.kubeconfig())).await?;
         first.await_leads().await?;
-        let _second = LocalAgent::start(&drill.agent("second")).await?;
+        let _second = LocalAgent::start(&drill.steady_agent("second")).await?;
         // It tries each of three again and again.
         refused.await_hits(6).await;
         first.pause()?;

@@ -13,7 +13,7 @@ async fn without_snapshot_controller_a_freeze_ends_with_its_budget_and_leaves_no
     alone_in_namespace("storage", async |ns| {
         let mut drill = Drill::deploy(ns, &[], |spec| spec.max_freeze_seconds = 6).await?;
         let outage = Outage::begin(ns.cluster()).await?;
-        let _agent = LocalAgent::start(&drill.agent("agent")).await?;
+        let _agent = LocalAgent::start(&drill.steady_agent("agent")).await?;
         drill.postgres().await_blocked_writer(0).await?;
         let run = drill.ensure_failed("FrozenTooLong").await?;
         ensure!(run.message.contains("is the snapshot-controller running?"), "{run:?}");
@@ -31,7 +31,7 @@ async fn a_snapshot_controller_that_is_back_within_the_budget_completes_the_run(
     alone_in_namespace("storage", async |ns| {
         let mut drill = Drill::deploy(ns, &[], |_| ()).await?;
         let outage = Outage::begin(ns.cluster()).await?;
-        let _agent = LocalAgent::start(&drill.agent("agent")).await?;
+        let _agent = LocalAgent::start(&drill.steady_agent("agent")).await?;
         drill.await_frozen(1).await?;
         drill.postgres().await_blocked_writer(0).await?;
         outage.end().await?;

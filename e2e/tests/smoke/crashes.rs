@@ -19,7 +19,7 @@ async fn a_run_whose_agent_dies_is_thawed_and_completed_by_the_next_one() -> Res
     let _alone = alone(&cluster).await?;
     with_temp_namespace(&cluster, "crash", async |ns| {
         let mut drill = Drill::deploy(ns, &[], |_| ()).await?;
-        let mut sound = LocalAgent::start(&drill.agent("sound")).await?;
+        let mut sound = LocalAgent::start(&drill.steady_agent("sound")).await?;
         let attempts = drill.ensure_completed().await?;
         ensure!(attempts.len() == 1, "an undisturbed run took {attempts:#?}");
         for (crash_point, attempts) in CRASH_POINTS {
