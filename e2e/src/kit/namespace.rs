@@ -25,7 +25,7 @@ use crate::harness::cache::remove_dir;
 const TEST_NAMESPACE_LABEL: (&str, &str) = ("app.kubernetes.io/managed-by", "sts-backup-e2e");
 
 /// Set to `1` to keep the namespaces of tests, to look at them.
-const KEEP_VARIABLE: &str = "STSB_E2E_KEEP";
+const KEEP_VARIABLE: &str = "E2E_KEEP";
 
 /// No test takes this long unless it hangs, and then its state must still be printed.
 const TEST_DEADLINE: Duration = Duration::from_mins(15);
@@ -222,7 +222,7 @@ pub async fn with_temp_namespace(
 /// and a few random characters.
 ///
 /// Whether the test succeeds, fails, panics or hangs, the namespaces are removed with everything in them;
-/// before that, the state of a failed test is printed. With `STSB_E2E_KEEP=1` the namespaces stay.
+/// before that, the state of a failed test is printed. With `E2E_KEEP=1` the namespaces stay.
 ///
 /// # Errors
 /// The test's own error, or that it ran into its deadline of 15 minutes, or that a namespace could not be made

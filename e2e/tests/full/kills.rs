@@ -12,7 +12,7 @@ use crate::{UNCUT_FOR_A_WHILE, alone_in_namespace};
 const KILLS: u32 = 20;
 
 /// Set to the seed that a failed test printed, to have the same kills.
-const SEED_VARIABLE: &str = "STSB_E2E_SEED";
+const SEED_VARIABLE: &str = "E2E_SEED";
 
 /// A run takes about this long: a kill may come at any point of it.
 const LATEST_KILL: Duration = Duration::from_secs(5);
