@@ -270,6 +270,10 @@ pub struct RunRecord {
     pub cut_skew_ms: Option<i64>,
     /// How it ended.
     pub result: RunResult,
+    /// Of a failed run: how many of its snapshots were ready and stay. Where it is 0, one that appears later is late,
+    /// and removed: it was asked for in time, but cut after the thaw.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kept_volumes: Option<i32>,
     /// One CamelCase word for programs.
     pub reason: String,
     /// For people.

@@ -16,6 +16,7 @@ use sts_backup_api::run::{
     CurrentRun, Failure, RunId, RunPod, RunRecord, RunResult, RunStep, RunVolume, Slot, SnapshotState,
     ThawState, request_key,
 };
+use sts_backup_api::snapshot::VolumeSnapshot;
 
 use super::observe::{BackupFacts, Target};
 use super::preflight::{Problem, may_heal, plan};
@@ -50,6 +51,8 @@ pub(super) enum BackupStep {
     CleanUp { doomed: Vec<String>, record: RunRecord },
     /// Move the run to the history.
     Finish(RunRecord),
+    /// Delete snapshots that appeared after their run had failed and left none.
+    DeleteLate(Vec<String>),
     /// End the frozen section early: it thaws.
     Cancel,
     /// Nothing can be done before something happens, or before that time.
@@ -102,6 +105,10 @@ pub(super) fn next_backup_step(facts: &BackupFacts, now: Timestamp) -> BackupSte
 
 fn without_run(facts: &BackupFacts, now: Timestamp) -> BackupStep {
     let idle = |why| if facts.has_finalizer { BackupStep::RemoveFinalizer } else { BackupStep::Idle(why) };
+    let late = late_snapshots(facts);
+    if !late.is_empty() {
+        return BackupStep::DeleteLate(late);
+    }
     if facts.deleting {
         return idle(Idle::NothingDue);
     }
@@ -119,6 +126,14 @@ fn without_run(facts: &BackupFacts, now: Timestamp) -> BackupStep {
             None => BackupStep::AddFinalizer,
         },
     }
+}
+
+/// An API server can carry out a request long after it was given up, or after the agent that sent it has died.
+fn late_snapshots(facts: &BackupFacts) -> Vec<String> {
+    let left_none = facts.status.history.iter().filter(|run| run.kept_volumes == Some(0));
+    let snapshots = left_none.flat_map(|run| facts.snapshots_of(&run.id));
+    let stays = |snapshot: &VolumeSnapshot| snapshot.metadata.deletion_timestamp.is_none();
+    snapshots.filter(|(_, snapshot)| stays(snapshot)).map(|(name, _)| name.to_owned()).collect()
 }
 
 /// The occasion that a run is due to. A request on a new object also counts as the run at its creation.
@@ -275,8 +290,10 @@ fn clean_up(facts: &BackupFacts, run: &CurrentRun, now: Timestamp) -> BackupStep
     };
     // Nothing was created before the frozen section.
     let volumes = run.volumes.iter().filter(|_| run.frozen_since.is_some());
-    let doomed = volumes.filter(|volume| !is_kept(volume)).map(|volume| volume.snapshot.clone()).collect();
-    BackupStep::CleanUp { doomed, record: failed(run, now) }
+    let (kept, doomed): (Vec<_>, Vec<_>) = volumes.partition(|volume| is_kept(volume));
+    let doomed = doomed.into_iter().map(|volume| volume.snapshot.clone()).collect();
+    let kept_volumes = i32::try_from(kept.len()).ok();
+    BackupStep::CleanUp { doomed, record: RunRecord { kept_volumes, ..failed(run, now) } }
 }
 
 /// The run is going to fail: first what is owed to pods, then the clean-up.
@@ -391,6 +408,7 @@ fn record(run: &CurrentRun, now: Timestamp, result: RunResult, reason: &str, mes
         freeze_ms: run.freeze_ms,
         cut_skew_ms: run.cut_skew_ms,
         result,
+        kept_volumes: None,
         reason: reason.to_owned(),
         message: brief(message),
     }

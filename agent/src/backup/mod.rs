@@ -200,6 +200,10 @@ async fn next_steps(cached: &StatefulSetBackup, cx: &Arc<Context>) -> Result<Act
                 crash_point!("after-clean-up");
                 backup = write(cx, &backup, &facts, &step, now).await?;
             }
+            BackupStep::DeleteLate(late) => {
+                perform::delete_snapshots(&cx.client, &facts.namespace, late).await?;
+                warn!(snapshots = late.len(), "snapshots that came after their run had failed are deleted");
+            }
             BackupStep::Freeze(run) => {
                 let claims = snapshot::claim_manifests(&cx.client, &facts.namespace, run).await?;
                 // Reading may have taken long, and the freeze counts from its record.
@@ -302,6 +306,7 @@ fn said(
         | BackupStep::Freeze(_)
         | BackupStep::Thaw(_)
         | BackupStep::Cancel
+        | BackupStep::DeleteLate(_)
         | BackupStep::Wait { .. }
         | BackupStep::Idle(_) => {}
     }

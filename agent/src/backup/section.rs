@@ -27,7 +27,7 @@ use sts_backup_api::snapshot::{VolumeSnapshot, VolumeSnapshotContent};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
-use tracing::warn;
+use tracing::{debug, warn};
 
 use super::context::Context;
 use super::decide::{START_WITHIN, failing, later, milliseconds};
@@ -116,8 +116,10 @@ impl Section {
         let deadline = begun + budget.saturating_sub(Duration::from_millis(spent));
 
         let consistency = self.freeze(run, deadline).await?;
+        debug!(run = %run.id, "frozen");
         crash_point!("after-freeze");
         self.cut(run, consistency, deadline, creating).await?;
+        debug!(run = %run.id, "cut");
         run.cut_at = Some(MicroTime(clock::now()));
         Ok(())
     }
@@ -365,7 +367,8 @@ fn note_cut(run: &mut CurrentRun, snapshot: &VolumeSnapshot) {
 
 /// Creates a snapshot. That it exists already is success: the name is the run's and the claim's.
 async fn create(cx: Arc<Context>, namespace: String, snapshot: VolumeSnapshot) -> Result<(), Failure> {
-    let snapshots: Api<VolumeSnapshot> = Api::namespaced(cx.exec.clone(), &namespace);
+    // Not by the other client: reading the claims has just opened as many connections of this one.
+    let snapshots: Api<VolumeSnapshot> = Api::namespaced(cx.client.clone(), &namespace);
     let name = snapshot.name_any();
     let params = PostParams { field_manager: Some(FIELD_MANAGER.to_owned()), ..PostParams::default() };
     loop {

@@ -46,6 +46,7 @@ pub(super) fn next_status(facts: &BackupFacts, step: &BackupStep, now: Timestamp
         | BackupStep::RemoveFinalizer
         | BackupStep::Thaw(_)
         | BackupStep::Cancel
+        | BackupStep::DeleteLate(_)
         | BackupStep::Wait { .. }
         | BackupStep::Idle(_) => {}
     }
@@ -293,6 +294,7 @@ pub(super) fn note(facts: &BackupFacts, step: &BackupStep) -> Option<Note> {
         | BackupStep::AddFinalizer
         | BackupStep::RemoveFinalizer
         | BackupStep::Thaw(_)
+        | BackupStep::DeleteLate(_)
         | BackupStep::Cancel => None,
     }
 }
