@@ -128,12 +128,17 @@ fn without_run(facts: &BackupFacts, now: Timestamp) -> BackupStep {
     }
 }
 
-/// An API server can carry out a request long after it was given up, or after the agent that sent it has died.
+/// An API server can carry out a request long after it was given up, or after the agent that sent it has died. Such a
+/// snapshot goes once it is cut or has failed: csi-snapshotter comes back to one that is deleted during its cut only
+/// after minutes.
 fn late_snapshots(facts: &BackupFacts) -> Vec<String> {
     let left_none = facts.status.history.iter().filter(|run| run.kept_volumes == Some(0));
     let snapshots = left_none.flat_map(|run| facts.snapshots_of(&run.id));
-    let stays = |snapshot: &VolumeSnapshot| snapshot.metadata.deletion_timestamp.is_none();
-    snapshots.filter(|(_, snapshot)| stays(snapshot)).map(|(name, _)| name.to_owned()).collect()
+    let is_over = |snapshot: &VolumeSnapshot| {
+        let failed = snapshot.status.as_ref().is_some_and(|status| status.error.is_some());
+        (is_cut(snapshot) || failed) && snapshot.metadata.deletion_timestamp.is_none()
+    };
+    snapshots.filter(|(_, snapshot)| is_over(snapshot)).map(|(name, _)| name.to_owned()).collect()
 }
 
 /// The occasion that a run is due to. A request on a new object also counts as the run at its creation.

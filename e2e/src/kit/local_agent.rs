@@ -191,12 +191,18 @@ impl LocalAgent {
         self.signal(Signal::TERM)
     }
 
-    /// Stops it where it is, with SIGSTOP: to others it seems dead, and it does not notice.
+    /// Stops it where it is, with SIGSTOP: to others it seems dead, and it does not notice. Returns when every thread
+    /// of it stands still, which may be a little after the signal was sent.
     ///
     /// # Errors
     /// When it has ended already.
     pub fn pause(&self) -> Result<()> {
-        self.signal(Signal::STOP)
+        self.signal(Signal::STOP)?;
+        let pid = self.child.id().context("the agent has ended already")?;
+        while !is_stopped(pid)? {
+            std::thread::yield_now();
+        }
+        Ok(())
     }
 
     /// Lets it go on, with SIGCONT.
@@ -222,4 +228,17 @@ fn last_line(log: &Path) -> String {
 /// Where local agents of a test's namespace log.
 pub(super) fn log_dir(cluster: &Cluster, namespace: &str) -> Result<PathBuf> {
     Ok(cluster.dir()?.join("agents").join(namespace))
+}
+
+/// Whether all threads of a process stand still, by proc(5).
+fn is_stopped(pid: u32) -> Result<bool> {
+    for task in std::fs::read_dir(format!("/proc/{pid}/task"))? {
+        let stat = std::fs::read_to_string(task?.path().join("stat"))?;
+        // After the name in parentheses, which may hold anything.
+        let state = stat.rsplit_once(") ").and_then(|(_, rest)| rest.chars().next());
+        if state != Some('T') {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
