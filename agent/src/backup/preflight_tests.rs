@@ -1,7 +1,7 @@
 //! What a preflight finds, as tables.
 
 use serde_json::json;
-use sts_backup_api::run::{Due, RunId, Slot};
+use sts_backup_api::run::RunId;
 
 use super::super::observe::ClassFacts;
 use super::*;
@@ -52,22 +52,8 @@ fn hooked() -> StatefulSetBackupSpec {
 }
 
 fn planned(spec: &StatefulSetBackupSpec, target: &TargetFacts) -> Result<CurrentRun, Vec<Problem>> {
-    let run = CurrentRun {
-        id: RunId::from("r1".to_owned()),
-        slot: Slot { due: Due::Request, value: "now".to_owned(), attempt: 1 },
-        started: MicroTime(Timestamp::UNIX_EPOCH),
-        step: RunStep::Preflight,
-        replicas: 0,
-        volumes: Vec::new(),
-        left_out: Vec::new(),
-        pods: Vec::new(),
-        thaw_hook: None,
-        frozen_since: None,
-        cut_at: None,
-        freeze_ms: None,
-        cut_skew_ms: None,
-        failure: None,
-    };
+    let run = new_run("uid", Slot::request("now"), Timestamp::UNIX_EPOCH);
+    let run = CurrentRun { id: RunId::from("r1".to_owned()), ..run };
     plan(&run, spec, "db", target, Timestamp::UNIX_EPOCH)
 }
 

@@ -91,7 +91,7 @@ async fn whoever_may_view_or_edit_in_a_namespace_may_do_so_with_backups() -> Res
 
 #[tokio::test]
 #[ignore = "needs clusters: cargo e2e test"]
-async fn in_a_restricted_namespace_another_pod_leads_when_the_leader_is_killed_or_deleted() -> Result<()> {
+async fn in_a_restricted_namespace_another_pod_leads_when_the_leader_is_deleted() -> Result<()> {
     let cluster = Cluster::connect("stsb-e2e-2").await?;
     let _alone = alone(&cluster).await?;
     with_temp_namespace(&cluster, "agent", async |ns| {
@@ -104,8 +104,8 @@ async fn in_a_restricted_namespace_another_pod_leads_when_the_leader_is_killed_o
         let agent = Agent::install(ns, &json!({ "config": { "lease": lease } })).await?;
         let first = agent.await_leader(None).await?;
         agent.delete_pod(&first).await?;
-        let second = agent.await_leader(Some(&first)).await?;
-        agent.kill(&second).await
+        agent.await_leader(Some(&first)).await?;
+        Ok(())
     })
     .await
 }
