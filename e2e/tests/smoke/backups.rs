@@ -27,9 +27,6 @@ const NEVER: u32 = 600;
 /// Long enough to see a writer wait.
 const SLOW_CUT: (&str, &str) = ("cutDelay", "5s");
 
-/// Longer than a test lets a freeze last, and so the time that its snapshots take to be deleted.
-const LATE_CUT: (&str, &str) = ("cutDelay", "10s");
-
 #[tokio::test]
 #[ignore = "needs clusters: cargo e2e test"]
 async fn a_backup_holds_up_every_writer_until_every_volume_is_cut() -> Result<()> {
