@@ -9,7 +9,7 @@
 use std::fmt;
 use std::time::Duration;
 
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, MicroTime};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, MicroTime, Time};
 use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -27,8 +27,8 @@ pub const MAX_LISTED_POINTS: usize = 50;
 
 /// Backs up one `StatefulSet`: a snapshot of every claim of every replica, taken together.
 ///
-/// One run is taken when the object is created, further ones when the annotation
-/// `backup.sts-backup.io/requested-at` gets a new value.
+/// With a schedule, runs are taken at its times; without one, a run is taken when the object is created. Either way one
+/// is taken when the annotation `backup.sts-backup.io/requested-at` gets a new value.
 #[derive(CustomResource, KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[kube(
     group = "backup.sts-backup.io",
@@ -40,9 +40,13 @@ pub const MAX_LISTED_POINTS: usize = 50;
     category = "backup",
     doc = "Backs up one StatefulSet: a snapshot of every claim of every replica, taken together.",
     printcolumn(name = "StatefulSet", type_ = "string", json_path = ".spec.statefulSetRef.name"),
+    printcolumn(name = "Schedule", type_ = "string", json_path = ".spec.schedule"),
     printcolumn(name = "Phase", type_ = "string", json_path = ".status.phase"),
     printcolumn(name = "Last Backup", type_ = "date", json_path = ".status.lastBackupTime"),
+    // A date column shows <invalid> for what is still to come.
+    printcolumn(name = "Next Backup", type_ = "string", json_path = ".status.nextScheduleTime"),
     printcolumn(name = "Points", type_ = "integer", json_path = ".status.recoveryPointCount"),
+    printcolumn(name = "Suspended", type_ = "boolean", json_path = ".spec.suspend", priority = 1),
     printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp"),
     validation = Rule::new("self.metadata.name.size() <= 63")
         .message("the name is a label value of every snapshot: use at most 63 characters"),
@@ -64,6 +68,42 @@ pub struct StatefulSetBackupSpec {
     #[x_kube(validation = Rule::new("self == oldSelf")
         .message("statefulSetRef cannot be changed: create another StatefulSetBackup for another StatefulSet"))]
     pub stateful_set_ref: StatefulSetRef,
+
+    /// When runs are due: five fields (minute, hour, day of month, month, day of week), or @hourly, @daily, @midnight,
+    /// @weekly, @monthly, @yearly, @annually. Absent or empty: one run at creation.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 256))]
+    #[x_kube(validation = Rule::new("!self.contains('TZ=')")
+        .message("a time zone in the schedule is not read: set timeZone"))]
+    #[x_kube(validation = Rule::new("!self.startsWith('@every')")
+        .message("@every has no fixed times: write five fields, such as */30 * * * *"))]
+    pub schedule: Option<String>,
+
+    /// The IANA time zone of the schedule and of the retention's days, weeks, months and years, such as Europe/Paris;
+    /// absent or empty: UTC.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 64))]
+    pub time_zone: Option<String>,
+
+    /// Runs begin at an offset after their scheduled time that is the same for every run of this object and smaller than
+    /// this, such as 10m: so that many objects with one schedule do not begin at once.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("pattern" = SPAN, "maxLength" = 20))]
+    pub spread: Option<Span>,
+
+    /// How late a run may begin that was missed at its time, seconds; absent: half the time to the next one, and at
+    /// least 100. What is older is counted as missed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 31_536_000))]
+    pub starting_deadline_seconds: Option<i64>,
+
+    /// Begin no further runs, until this is false again; what was due meanwhile is not caught up with.
+    #[serde(default)]
+    pub suspend: bool,
+
+    /// Which recovery points stay; absent: all of them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub retention_policy: Option<RetentionPolicy>,
 
     /// The VolumeSnapshotClass of the snapshots; absent or empty: the default class of each volume's CSI driver.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -111,6 +151,12 @@ pub struct StatefulSetBackupSpec {
     pub history_limit: i32,
 }
 
+/// A span of time in hours, minutes and seconds, such as `1h30m`.
+pub use kube::core::Duration as Span;
+
+/// What the schema admits as a [`Span`].
+pub(crate) const SPAN: &str = "^([0-9]{1,6}(h|m|s))+$";
+
 fn default_max_freeze_seconds() -> i64 {
     120
 }
@@ -138,6 +184,12 @@ impl StatefulSetBackupSpec {
     pub fn new(stateful_set: &str) -> Self {
         Self {
             stateful_set_ref: StatefulSetRef { name: stateful_set.to_owned(), namespace: None },
+            schedule: None,
+            time_zone: None,
+            spread: None,
+            starting_deadline_seconds: None,
+            suspend: false,
+            retention_policy: None,
             volume_snapshot_class_name: None,
             volume_snapshot_class: None,
             volume_claim_templates: Vec::new(),
@@ -191,6 +243,43 @@ impl StatefulSetRef {
     pub fn namespace_or<'a>(&'a self, own: &'a str) -> &'a str {
         self.namespace.as_deref().filter(|namespace| !namespace.is_empty()).unwrap_or(own)
     }
+}
+
+/// Which complete recovery points stay: those that any of the rules keeps, and always the newest one.
+///
+/// Days, weeks, months and years are those of the calendar in the backup's timeZone, weeks begin on Monday. Of each period
+/// with any point the newest one is kept; periods without a point do not count.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct RetentionPolicy {
+    /// The newest ones.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 100_000))]
+    pub keep_last: Option<i32>,
+    /// All that are younger than so many days of 24 hours.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 100_000))]
+    pub keep_days: Option<i32>,
+    /// One an hour.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 100_000))]
+    pub keep_hourly: Option<i32>,
+    /// One a day.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 100_000))]
+    pub keep_daily: Option<i32>,
+    /// One a week.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 100_000))]
+    pub keep_weekly: Option<i32>,
+    /// One a month.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 100_000))]
+    pub keep_monthly: Option<i32>,
+    /// One a year.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 100_000))]
+    pub keep_yearly: Option<i32>,
 }
 
 /// A command that runs in pods of the StatefulSet.
@@ -282,6 +371,15 @@ pub struct StatefulSetBackupStatus {
     /// The time of the newest complete recovery point that a run made.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_successful_time: Option<MicroTime>,
+    /// The newest scheduled time that was dealt with: a run was begun for it, or it was missed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_schedule_time: Option<Time>,
+    /// When the next scheduled run begins; absent without a schedule, and while suspended.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub next_schedule_time: Option<Time>,
+    /// How many scheduled runs were not begun: the agent was away for too long, or another run was still under way.
+    #[serde(default)]
+    pub missed_runs: i64,
     /// The value of the annotation `backup.sts-backup.io/requested-at` that was handled last.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_request: Option<String>,
@@ -310,6 +408,8 @@ pub enum Phase {
     Ready,
     /// The last run failed.
     Failed,
+    /// No further run begins.
+    Suspended,
 }
 
 #[cfg(test)]

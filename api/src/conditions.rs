@@ -16,6 +16,8 @@ pub const THAWED: &str = "Thawed";
 pub const NAMESPACE_NOT_GRANTED: &str = "NamespaceNotGranted";
 /// A reason: the `StatefulSet` does not exist.
 pub const STATEFUL_SET_NOT_FOUND: &str = "StatefulSetNotFound";
+/// A reason: the schedule, its time zone or its spread cannot be used.
+pub const INVALID_SCHEDULE: &str = "InvalidSchedule";
 /// A reason: the agent that ran the hooks was stopped, or died.
 pub const INTERRUPTED: &str = "Interrupted";
 /// A reason: the object was deleted.

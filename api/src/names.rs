@@ -25,6 +25,18 @@ pub const STATEFUL_SET_LABEL: &str = "backup.sts-backup.io/statefulset";
 /// On a snapshot: the run that took it. The snapshots of one run are a recovery point.
 pub const RUN_LABEL: &str = "backup.sts-backup.io/run";
 
+/// On a snapshot: `true` keeps its whole recovery point from being pruned.
+pub const HOLD_LABEL: &str = "backup.sts-backup.io/hold";
+
+/// On a namespace: the other namespaces, separated by commas, whose backups may be of its `StatefulSets`.
+pub const ALLOW_BACKUP_FROM_ANNOTATION: &str = "backup.sts-backup.io/allow-backup-from";
+
+/// On a `StatefulSet` or a namespace: `true` keeps policies away.
+pub const EXCLUDE_ANNOTATION: &str = "backup.sts-backup.io/exclude";
+
+/// On a `StatefulSetBackup`: the policy that it was made by.
+pub const FROM_POLICY_LABEL: &str = "backup.sts-backup.io/from-policy";
+
 /// On a snapshot: the claim that it is of.
 pub const CLAIM_ANNOTATION: &str = "backup.sts-backup.io/pvc";
 

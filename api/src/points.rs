@@ -11,7 +11,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime;
 use kube::ResourceExt;
 
 use crate::names::{
-    CONSISTENCY_ANNOTATION, REPLICAS_ANNOTATION, RUN_LABEL, TIME_ANNOTATION, VOLUMES_ANNOTATION,
+    CONSISTENCY_ANNOTATION, HOLD_LABEL, REPLICAS_ANNOTATION, RUN_LABEL, TIME_ANNOTATION, VOLUMES_ANNOTATION,
 };
 use crate::run::{Consistency, RecoveryPoint, RunId};
 use crate::snapshot::VolumeSnapshot;
@@ -62,6 +62,9 @@ fn recovery_point(run: &str, members: &[&VolumeSnapshot]) -> RecoveryPoint {
             Consistency::CrashPerVolume
         },
         size_bytes: sizes.filter_map(|size| bytes(&size.0)).fold(0, i64::saturating_add),
+        hold: members
+            .iter()
+            .any(|snapshot| snapshot.labels().get(HOLD_LABEL).is_some_and(|hold| hold == "true")),
     }
 }
 

@@ -31,6 +31,7 @@ impl RunId {
         let due = match due {
             Due::Creation => "creation",
             Due::Request => "request",
+            Due::Schedule => "schedule",
         };
         let hash = short_hash(&[uid, due, value, &attempt.to_string(), &started.to_string()]);
         Self(format!("{}-{hash}", started.strftime("%Y%m%d-%H%M%S")))
@@ -61,7 +62,8 @@ impl Display for RunId {
 pub struct Slot {
     /// The occasion.
     pub due: Due,
-    /// Tells it from others of its kind: the time of the creation, or the annotation that asked for the run.
+    /// Tells it from others of its kind: the time of the creation or of the schedule, or the annotation that asked for the
+    /// run.
     pub value: String,
     /// 1, or more after runs for the same occasion were interrupted.
     pub attempt: i32,
@@ -79,6 +81,12 @@ impl Slot {
     pub fn request(annotation: &str) -> Self {
         Self { due: Due::Request, value: request_key(annotation), attempt: 1 }
     }
+
+    /// The first attempt at the run that a schedule has at that time.
+    #[must_use]
+    pub fn schedule(at: Timestamp) -> Self {
+        Self { due: Due::Schedule, value: at.to_string(), attempt: 1 }
+    }
 }
 
 /// The kinds of occasions for a run.
@@ -88,6 +96,8 @@ pub enum Due {
     Creation,
     /// Somebody asked for it.
     Request,
+    /// The schedule says so.
+    Schedule,
 }
 
 /// An annotation that asks for a run, as the status keeps it: itself, or its hash when it is long.
@@ -171,6 +181,9 @@ pub struct RunVolume {
     pub snapshot: String,
     /// The class it is made with.
     pub snapshot_class: String,
+    /// The CSI driver of its volume.
+    #[serde(default)]
+    pub driver: String,
     /// How far it is.
     pub state: SnapshotState,
 }
@@ -322,6 +335,9 @@ pub struct RecoveryPoint {
     pub consistency: Consistency,
     /// The sum of the volumes' restore sizes, bytes.
     pub size_bytes: i64,
+    /// One of its snapshots has the label backup.sts-backup.io/hold=true: it is not pruned.
+    #[serde(default)]
+    pub hold: bool,
 }
 
 /// What the data of a recovery point is like.

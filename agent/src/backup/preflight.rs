@@ -98,12 +98,13 @@ pub(super) fn plan(
     let mut volumes = Vec::new();
     for (claim, template, ordinal) in expected_claims(spec, set, target, &mut problems) {
         match snapshot_class(spec, &claim, target.claims.get(&claim), target) {
-            Ok(class) => volumes.push(RunVolume {
+            Ok((class, driver)) => volumes.push(RunVolume {
                 snapshot: snapshot_name(&claim, &run.id),
                 claim,
                 template,
                 ordinal,
                 snapshot_class: class,
+                driver,
                 state: SnapshotState::Pending,
             }),
             Err(problem) => problems.push(problem),
@@ -201,13 +202,13 @@ fn ordinals(target: &TargetFacts) -> impl Iterator<Item = i32> + use<> {
     target.start..target.start.saturating_add(target.replicas)
 }
 
-/// The class that a claim is snapshotted with, or why it cannot be.
+/// The class that a claim is snapshotted with and the CSI driver of both, or why it cannot be.
 fn snapshot_class(
     spec: &StatefulSetBackupSpec,
     name: &str,
     claim: Option<&ClaimFacts>,
     target: &TargetFacts,
-) -> Result<String, Problem> {
+) -> Result<(String, String), Problem> {
     let refuse = |kind, message| Err(problem(kind, message));
     let Some(claim) = claim else {
         return refuse(
@@ -253,12 +254,12 @@ fn snapshot_class(
                 ),
             );
         }
-        return Ok(class.to_owned());
+        return Ok((class.to_owned(), driver.clone()));
     }
     let of_driver = || target.classes.iter().filter(|class| class.driver == *driver);
     let defaults: Vec<_> = of_driver().filter(|class| class.is_default).collect();
     match defaults[..] {
-        [class] => Ok(class.name.clone()),
+        [class] => Ok((class.name.clone(), driver.clone())),
         [] => refuse(
             ProblemKind::NoSnapshotClass,
             no_default(driver, of_driver().map(|class| class.name.as_str())),

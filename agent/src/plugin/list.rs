@@ -139,6 +139,7 @@ pub(super) fn phase_word(phase: Phase) -> &'static str {
         Phase::InProgress => "InProgress",
         Phase::Ready => "Ready",
         Phase::Failed => "Failed",
+        Phase::Suspended => "Suspended",
     }
 }
 

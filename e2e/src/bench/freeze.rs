@@ -32,7 +32,7 @@ use crate::kit::{Backup, Cluster, Namespace};
 const CLAIMS: i32 = 10;
 
 /// Rounds of each kind; the median counts.
-const ROUNDS: usize = 5;
+const ROUNDS: usize = 9;
 
 /// How long the agent is watched while it has nothing to do.
 const IDLE: Duration = Duration::from_mins(1);
