@@ -4,7 +4,9 @@
 
 pub mod backup;
 pub mod conditions;
+pub mod coverage;
 pub mod names;
 pub mod points;
+pub mod policy;
 pub mod run;
 pub mod snapshot;
