@@ -102,7 +102,7 @@ pub fn policy_backup_name(policy: &str, stateful_set: &str) -> String {
 /// Eight hexadecimal digits of the SHA-256 of the parts, each ended by a zero byte, so that no two lists of
 /// parts mean the same.
 #[must_use]
-pub(crate) fn short_hash(parts: &[&str]) -> String {
+pub fn short_hash(parts: &[&str]) -> String {
     let mut hasher = Sha256::new();
     for part in parts {
         hasher.update(part.as_bytes());

@@ -85,7 +85,7 @@ pub struct StatefulSetBackupPolicySpec {
 #[derive(KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[x_kube(
     validation = Rule::new(
-        "!has(self.hookProfile) || !has(self.spec) || (!has(self.spec.preBackupHook) && !has(self.spec.postBackupHook))"
+        "!has(self.hookProfile) || (!has(self.spec.preBackupHook) && !has(self.spec.postBackupHook))"
     )
     .message("hookProfile stands for both hooks: write hookProfile, or spec.preBackupHook and spec.postBackupHook")
 )]
