@@ -9,4 +9,5 @@ pub mod names;
 pub mod points;
 pub mod policy;
 pub mod run;
+pub mod schedule;
 pub mod snapshot;
