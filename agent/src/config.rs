@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use figment::Figment;
 use serde::{Deserialize, Serialize};
+use sts_backup_api::backup::{Hook, HookPods, OnError};
 
 use self::layers::{Layer, origin_of, unusable};
 use crate::telemetry;
@@ -18,6 +19,12 @@ use crate::telemetry;
 mod layers;
 #[cfg(test)]
 mod tests;
+
+/// The most words that the API server admits in a hook's command.
+const MAX_ARGUMENTS: usize = 32;
+
+/// The longest word that it admits there, bytes.
+const MAX_ARGUMENT: usize = 8192;
 
 /// The agent's configuration, complete and valid.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -38,6 +45,17 @@ pub struct Config {
     pub shutdown: Duration,
     /// How many objects each controller works on at once.
     pub concurrent_reconciles: u16,
+    /// Hooks that policies name.
+    pub hook_profiles: BTreeMap<String, HookProfile>,
+}
+
+/// Hooks that policies name: at least one of them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HookProfile {
+    /// Freezes the application.
+    pub pre: Option<Hook>,
+    /// Thaws it.
+    pub post: Option<Hook>,
 }
 
 /// The lease that the replicas share; `retry` < `renew_deadline` < `duration`.
@@ -144,7 +162,7 @@ pub enum ConfigError {
     #[error("{key} = {value} ({origin}): {reason}; {remedy}")]
     Value {
         /// The key, with its table.
-        key: &'static str,
+        key: String,
         /// The refused value.
         value: String,
         /// The layer that it comes from.
@@ -168,6 +186,30 @@ struct Written {
     shutdown_seconds: i64,
     concurrent_reconciles: i64,
     lease: WrittenLease,
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    hook_profiles: BTreeMap<String, WrittenHookProfile>,
+}
+
+/// Both hooks with what they have in common.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct WrittenHookProfile {
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pre: Vec<String>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    post: Vec<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    container: Option<String>,
+    #[serde(default = "default_hook_timeout_seconds")]
+    timeout_seconds: i64,
+    #[serde(default)]
+    on_error: OnError,
+    #[serde(default)]
+    pods: HookPods,
+}
+
+fn default_hook_timeout_seconds() -> i64 {
+    60
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -197,6 +239,7 @@ impl Written {
                 renew_deadline_seconds: 10,
                 retry_seconds: 2,
             },
+            hook_profiles: BTreeMap::new(),
         }
     }
 }
@@ -227,11 +270,20 @@ impl Config {
     /// The configuration as a file that gives it again.
     ///
     /// # Panics
-    /// Never: strings, numbers and one table are always TOML.
+    /// Never: strings, numbers, lists and tables are always TOML.
     #[must_use]
     pub fn to_toml(&self) -> String {
-        let Self { listen, namespace, identity, log_format, log, lease, shutdown, concurrent_reconciles } =
-            self;
+        let Self {
+            listen,
+            namespace,
+            identity,
+            log_format,
+            log,
+            lease,
+            shutdown,
+            concurrent_reconciles,
+            hook_profiles,
+        } = self;
         let LeaseConfig { name, duration, renew_deadline, retry } = lease;
         let whole = |span: &Duration| i64::try_from(span.as_secs()).unwrap_or(i64::MAX);
         let written = Written {
@@ -248,8 +300,29 @@ impl Config {
                 renew_deadline_seconds: whole(renew_deadline),
                 retry_seconds: whole(retry),
             },
+            hook_profiles: hook_profiles
+                .iter()
+                .map(|(name, profile)| (name.clone(), WrittenHookProfile::of(profile)))
+                .collect(),
         };
-        toml::to_string(&written).expect("strings, numbers and one table are always TOML")
+        toml::to_string(&written).expect("strings, numbers, lists and tables are always TOML")
+    }
+}
+
+impl WrittenHookProfile {
+    fn of(profile: &HookProfile) -> Self {
+        let HookProfile { pre, post } = profile;
+        let command =
+            |hook: &Option<Hook>| hook.as_ref().map(|hook| hook.command.clone()).unwrap_or_default();
+        let common = pre.as_ref().or(post.as_ref());
+        Self {
+            pre: command(pre),
+            post: command(post),
+            container: common.and_then(|hook| hook.container_name.clone()),
+            timeout_seconds: common.map_or_else(default_hook_timeout_seconds, |hook| hook.timeout_seconds),
+            on_error: common.map(|hook| hook.on_error).unwrap_or_default(),
+            pods: common.map(|hook| hook.pods).unwrap_or_default(),
+        }
     }
 }
 
@@ -269,6 +342,7 @@ impl Checks<'_> {
             shutdown_seconds,
             concurrent_reconciles,
             lease,
+            hook_profiles,
         } = written;
         let listen = listen.parse().map_err(|_| {
             let remedy = "write them as 0.0.0.0:9090 or [::]:9090; a host name is not looked up";
@@ -296,7 +370,49 @@ impl Checks<'_> {
             lease: self.lease(lease)?,
             shutdown: self.seconds("shutdown_seconds", shutdown_seconds)?,
             concurrent_reconciles: u16::try_from(concurrent).expect("at most 1000"),
+            hook_profiles: hook_profiles
+                .into_iter()
+                .map(|(name, profile)| Ok((name.clone(), self.hook_profile(&name, profile)?)))
+                .collect::<Result<_, ConfigError>>()?,
         })
+    }
+
+    /// Within what the API server admits in a backup.
+    fn hook_profile(&self, name: &str, written: WrittenHookProfile) -> Result<HookProfile, ConfigError> {
+        let WrittenHookProfile { pre, post, container, timeout_seconds, on_error, pods } = written;
+        let key = |field: &str| format!("hook_profiles.{name}{field}");
+        if !is_dns_label(name) {
+            let remedy = "write lower-case letters, digits and -, such as postgres";
+            return Err(self.refuse(&key(""), name, "no policy can name it", remedy));
+        }
+        if pre.is_empty() && post.is_empty() {
+            let remedy = "write pre and post, each as a list of a program and its arguments";
+            return Err(self.refuse(&key(""), name, "it has no command", remedy));
+        }
+        for (field, command) in [(".pre", &pre), (".post", &post)] {
+            if command.len() > MAX_ARGUMENTS || command.iter().any(|word| word.len() > MAX_ARGUMENT) {
+                let reason = format!(
+                    "it has more than {MAX_ARGUMENTS} words, or one of more than {MAX_ARGUMENT} bytes"
+                );
+                let remedy = "put a script into the image, and call that";
+                return Err(self.refuse(&key(field), "a command", &reason, remedy));
+            }
+        }
+        if let Some(container) = container.as_deref().filter(|container| !is_dns_label(container)) {
+            let remedy = "write the name of a container, or leave it out";
+            return Err(self.refuse(
+                &key(".container"),
+                container,
+                "no container can have this name",
+                remedy,
+            ));
+        }
+        self.seconds(&key(".timeout_seconds"), timeout_seconds)?;
+        let hook = |command: Vec<String>| {
+            let container_name = container.clone();
+            (!command.is_empty()).then(|| Hook { command, container_name, timeout_seconds, on_error, pods })
+        };
+        Ok(HookProfile { pre: hook(pre), post: hook(post) })
     }
 
     fn lease(&self, written: WrittenLease) -> Result<LeaseConfig, ConfigError> {
@@ -327,11 +443,11 @@ impl Checks<'_> {
     }
 
     /// A span of at least a second and at most an hour.
-    fn seconds(&self, key: &'static str, value: i64) -> Result<Duration, ConfigError> {
+    fn seconds(&self, key: &str, value: i64) -> Result<Duration, ConfigError> {
         self.within(key, value, 1..=3600).map(Duration::from_secs)
     }
 
-    fn within(&self, key: &'static str, value: i64, range: RangeInclusive<i64>) -> Result<u64, ConfigError> {
+    fn within(&self, key: &str, value: i64, range: RangeInclusive<i64>) -> Result<u64, ConfigError> {
         let (least, most) = (*range.start(), *range.end());
         u64::try_from(value).ok().filter(|_| range.contains(&value)).ok_or_else(|| {
             let reason = format!("it is not from {least} to {most}");
@@ -344,9 +460,9 @@ impl Checks<'_> {
         })
     }
 
-    fn refuse(&self, key: &'static str, value: &str, reason: &str, remedy: &str) -> ConfigError {
+    fn refuse(&self, key: &str, value: &str, reason: &str, remedy: &str) -> ConfigError {
         ConfigError::Value {
-            key,
+            key: key.to_owned(),
             value: value.to_owned(),
             origin: origin_of(key, self.layers.find_metadata(key)),
             reason: reason.to_owned(),

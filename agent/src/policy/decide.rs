@@ -111,8 +111,8 @@ pub(super) struct Selected<'a> {
 pub(super) enum Verdict<'a> {
     /// It has a backup of it, as the template says or as far as it can be used.
     Backed { suspended: bool },
-    /// One is to be created or updated: the step of that name.
-    Write { name: String, suspended: bool },
+    /// One of that name is to be created, or to be updated where it exists.
+    Write { name: String, exists: bool, suspended: bool },
     /// The policy's spec cannot be used.
     Unusable,
     /// Another policy comes first.
@@ -161,7 +161,8 @@ pub(super) fn next_policy_steps(world: &World, now: Timestamp) -> Vec<PolicyPlan
             };
             let uid = &policies[at].policy.uid;
             let others = index.of_set(set).filter(|backup| backup.owner.as_ref() != Some(uid));
-            let protects = |backup: &BackupFacts| !backup.object.spec.suspend && meets(rpo, backup.newest, now);
+            let protects =
+                |backup: &BackupFacts| !backup.object.spec.suspend && meets(rpo, backup.newest, now);
             let protected_otherwise = others.into_iter().any(protects);
             plans[at].selected.push(Selected { set, verdict, protected_otherwise });
             for &other in claims.iter().filter(|other| **other != at) {
@@ -183,7 +184,7 @@ fn meets(rpo: Option<Duration>, newest: Option<Timestamp>, now: Timestamp) -> bo
     rpo.is_none_or(|rpo| newest.is_some_and(|newest| overdue_at(newest, rpo).is_none_or(|due| now < due)))
 }
 
-fn set_overdue(plan: &mut PolicyPlan<'_>, world: &World, now: Timestamp) {
+fn set_overdue<'a>(plan: &mut PolicyPlan<'a>, world: &'a World, now: Timestamp) {
     let Some(rpo) = plan.policy.object.spec.rpo.map(Duration::from) else { return };
     let created = |set: SetName<'_>| world.sets[&(set.namespace.to_owned(), set.name.to_owned())].created;
     let sets = plan.selected.iter().map(|selected| {
@@ -322,7 +323,7 @@ impl<'a> Prepared<'a> {
         let Some(found) = found else {
             let suspended = wanted.spec.suspend;
             steps.push(Step::Create(wanted));
-            return (Verdict::Write { name: key.1, suspended }, None);
+            return (Verdict::Write { name: key.1, exists: false, suspended }, None);
         };
         // Where the template says nothing, people may suspend a backup.
         let suspended = wanted.spec.suspend || found.object.spec.suspend;
@@ -330,7 +331,7 @@ impl<'a> Prepared<'a> {
             return (Verdict::Backed { suspended }, Some(&found.key));
         }
         steps.push(Step::Update { wanted, uid: found.uid.clone() });
-        (Verdict::Write { name: key.1, suspended }, Some(&found.key))
+        (Verdict::Write { name: key.1, exists: true, suspended }, Some(&found.key))
     }
 
     /// Whether the policy may write a backup of that name: it made it, or a policy of its name did that was deleted and
@@ -345,9 +346,8 @@ impl<'a> Prepared<'a> {
     /// The policy's own backups that are to go.
     fn removals<'w>(&'w self, world: &'w World, kept: &'w BTreeSet<&Key>) -> impl Iterator<Item = Step> + 'w {
         // Nobody knows what a policy selects whose selectors cannot be read, or what is in a namespace that is not known.
-        let is_known = |backup: &&BackupFacts| {
-            self.selectors.is_ok() && world.namespaces.contains_key(&backup.set.0)
-        };
+        let is_known =
+            |backup: &&BackupFacts| self.selectors.is_ok() && world.namespaces.contains_key(&backup.set.0);
         let own = world.backups.iter().filter(|backup| backup.owner.as_ref() == Some(&self.policy.uid));
         own.filter(is_known)
             .filter(|backup| !backup.deleting && !kept.contains(&backup.key))

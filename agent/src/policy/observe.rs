@@ -221,7 +221,8 @@ fn keep_of_backup(backup: &mut StatefulSetBackup) {
     keep_of_metadata(&mut backup.metadata, &[TEMPLATE_HASH_ANNOTATION]);
     backup.status = backup.status.take().map(|mut status| {
         let newest = newest_complete(&status);
-        let newest = status.recovery_points.drain(..).find(|point| point.complete && Some(point.time.0) == newest);
+        let newest =
+            status.recovery_points.drain(..).find(|point| point.complete && Some(point.time.0) == newest);
         StatefulSetBackupStatus { recovery_points: newest.into_iter().collect(), ..Default::default() }
     });
 }

@@ -118,10 +118,11 @@ pub(super) async fn write_status(
         { "op": "add", "path": "/status", "value": status },
     ]);
     let patch = serde_json::from_value(patch).expect("it is a list of JSON patch operations");
+    let patch = Patch::<StatefulSetBackupPolicy>::Json(patch);
     let params = PatchParams { field_manager: Some(FIELD_MANAGER.to_owned()), ..PatchParams::default() };
     let policies: Api<StatefulSetBackupPolicy> = Api::all(client.clone());
     let name = policy.name_any();
-    let written = policies.patch_status(&name, &params, &Patch::<StatefulSetBackupPolicy>::Json(patch));
+    let written = policies.patch_status(&name, &params, &patch);
     let operation = "write the status of the StatefulSetBackupPolicy";
     let written = timeout(WRITE_TIMEOUT, written).await.map_err(|_| Error::NoAnswer { operation })?;
     let written = written.map(drop).map_err(Error::request(operation));
