@@ -85,7 +85,10 @@ pub fn is_ready(snapshot: &VolumeSnapshot) -> bool {
 /// Whether a claim is being made from the snapshot right now.
 #[must_use]
 pub fn is_in_use(snapshot: &VolumeSnapshot) -> bool {
-    snapshot.finalizers().iter().any(|finalizer| finalizer == "provisioner.storage.kubernetes.io/volumesnapshot-as-source-protection")
+    snapshot
+        .finalizers()
+        .iter()
+        .any(|finalizer| finalizer == "provisioner.storage.kubernetes.io/volumesnapshot-as-source-protection")
 }
 
 fn annotation<'a>(snapshot: &'a VolumeSnapshot, name: &str) -> Option<&'a str> {

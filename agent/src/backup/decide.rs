@@ -10,8 +10,8 @@ use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime;
-use sts_backup_api::backup::{Hook, OnError};
 use kube::ResourceExt;
+use sts_backup_api::backup::{Hook, OnError};
 use sts_backup_api::conditions::{DELETED, INTERRUPTED, NAMESPACE_NOT_GRANTED, STATEFUL_SET_NOT_FOUND};
 use sts_backup_api::names::RUN_LABEL;
 use sts_backup_api::points::{is_cut, is_in_use, is_ready, recovery_points};
@@ -359,9 +359,9 @@ fn until_ready(facts: &BackupFacts, run: &CurrentRun, now: Timestamp) -> BackupS
             BackupStep::Record(run)
         };
     }
-    let told = unready.iter().map(|volume| {
-        error_of(volume).unwrap_or_else(|| format!("{}: no error reported", volume.snapshot))
-    });
+    let told = unready
+        .iter()
+        .map(|volume| error_of(volume).unwrap_or_else(|| format!("{}: no error reported", volume.snapshot)));
     let message = format!(
         "not ready within snapshotTimeoutSeconds ({}): {}",
         facts.spec.snapshot_timeout_seconds,

@@ -272,7 +272,8 @@ async fn next_steps(cached: &StatefulSetBackup, cx: &Arc<Context>) -> Result<Act
 
 /// Looks again when the next scheduled run begins, or at `until`, and at the latest when nothing has happened for long.
 fn wake(backup: &StatefulSetBackup, until: Option<Timestamp>, now: Timestamp) -> Action {
-    let next = backup.status.as_ref().and_then(|status| status.next_schedule_time.as_ref()).map(|next| next.0);
+    let next =
+        backup.status.as_ref().and_then(|status| status.next_schedule_time.as_ref()).map(|next| next.0);
     let pauses = [next, until].into_iter().flatten().map(|until| from_to(now, until));
     Action::requeue(pauses.fold(jittered(RESYNC), Duration::min))
 }

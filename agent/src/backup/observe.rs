@@ -13,8 +13,8 @@ use kube::core::Selector;
 use kube::{Api, Client, ResourceExt};
 use sts_backup_api::backup::{StatefulSetBackup, StatefulSetBackupSpec, StatefulSetBackupStatus};
 use sts_backup_api::names::{
-    ALLOW_BACKUP_FROM_ANNOTATION, BACKUP_LABEL, BACKUP_NAMESPACE_LABEL, CLAIM_MANIFEST_ANNOTATION, REQUESTED_AT_ANNOTATION, RUN_FINALIZER,
-    RUN_LABEL,
+    ALLOW_BACKUP_FROM_ANNOTATION, BACKUP_LABEL, BACKUP_NAMESPACE_LABEL, CLAIM_MANIFEST_ANNOTATION,
+    REQUESTED_AT_ANNOTATION, RUN_FINALIZER, RUN_LABEL,
 };
 use sts_backup_api::run::{RunId, RunStep};
 use sts_backup_api::snapshot::{DEFAULT_CLASS_ANNOTATION, VolumeSnapshot, VolumeSnapshotClass};

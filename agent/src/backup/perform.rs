@@ -148,8 +148,7 @@ const PARALLEL_DELETIONS: usize = 16;
 pub(super) async fn prune(client: &Client, namespace: &str, doomed: &[Doomed]) -> Result<()> {
     let snapshots: Api<VolumeSnapshot> = Api::namespaced(client.clone(), namespace);
     let delete = async |Doomed { name, uid, resource_version }: &Doomed| {
-        let preconditions =
-            Preconditions { uid: uid.clone(), resource_version: resource_version.clone() };
+        let preconditions = Preconditions { uid: uid.clone(), resource_version: resource_version.clone() };
         let params = DeleteParams { preconditions: Some(preconditions), ..DeleteParams::background() };
         done(snapshots.delete(name, &params).await)
     };

@@ -331,21 +331,24 @@ pub(super) fn note(facts: &BackupFacts, step: &BackupStep) -> Option<Note> {
             Some(Note::warning(INVALID_SCHEDULE, "Refuse", why.clone()))
         }
         BackupStep::Skip { missed: Missed { count, latest }, why } => {
-            let latest = latest.map_or_else(String::new, |latest| format!(", the newest was due at {latest}"));
+            let latest =
+                latest.map_or_else(String::new, |latest| format!(", the newest was due at {latest}"));
             let (reason, why) = match why {
                 Skipped::TooLate => ("RunsMissed", "nobody began them in time".to_owned()),
                 Skipped::Overlap(run) => ("RunSkipped", format!("run {run} was still under way")),
             };
-            Some(Note::warning(reason, "Skip", format!("{count} scheduled runs are not begun, {why}{latest}")))
+            Some(Note::warning(
+                reason,
+                "Skip",
+                format!("{count} scheduled runs are not begun, {why}{latest}"),
+            ))
         }
         BackupStep::RefuseRequest => {
             let message = "a run was requested, and spec.suspend is true: set it to false, and request again";
             Some(Note::warning("RequestRefused", "Refuse", message.to_owned()))
         }
         BackupStep::Idle(Idle::NothingDue | Idle::NoStatefulSet | Idle::Suspended)
-        | BackupStep::Wait {
-            why: Wait::Section | Wait::Thaw | Wait::Snapshots { trouble: None }, ..
-        }
+        | BackupStep::Wait { why: Wait::Section | Wait::Thaw | Wait::Snapshots { trouble: None }, .. }
         | BackupStep::Prune(_)
         | BackupStep::AddFinalizer
         | BackupStep::RemoveFinalizer
@@ -364,7 +367,11 @@ pub(super) fn snapshot_error(action: &'static str, trouble: &str) -> Note {
 /// The Event of a recovery point that is deleted because no rule keeps it.
 pub(super) fn pruned(point: &Pruned) -> Note {
     let Pruned { point, why, snapshots } = point;
-    Note::normal("Pruned", "Prune", format!("recovery point {point}: {why}; {} snapshots deleted", snapshots.len()))
+    Note::normal(
+        "Pruned",
+        "Prune",
+        format!("recovery point {point}: {why}; {} snapshots deleted", snapshots.len()),
+    )
 }
 
 /// The Events of recovery points that were complete and no longer are, though nobody deleted them as a whole.

@@ -181,7 +181,8 @@ impl World {
             request: None,
             spec: StatefulSetBackupSpec {
                 schedule: schedule.map(str::to_owned),
-                retention_policy: schedule.map(|_| RetentionPolicy { keep_last: Some(2), ..Default::default() }),
+                retention_policy: schedule
+                    .map(|_| RetentionPolicy { keep_last: Some(2), ..Default::default() }),
                 ..spec(on_error)
             },
             status: StatefulSetBackupStatus::default(),
@@ -567,9 +568,10 @@ impl World {
         if facts.spec.schedule.is_none() || facts.spec.suspend || self.resumed.is_some() {
             return;
         }
-        let passed = status.last_schedule_time.as_ref().map_or(0, |last| {
-            last.0.duration_since(facts.created).as_secs() / SCHEDULE_SECONDS
-        });
+        let passed = status
+            .last_schedule_time
+            .as_ref()
+            .map_or(0, |last| last.0.duration_since(facts.created).as_secs() / SCHEDULE_SECONDS);
         assert_eq!(self.scheduled + status.missed_runs, passed, "{status:?}");
     }
 
