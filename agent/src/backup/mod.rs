@@ -10,6 +10,7 @@ mod metrics;
 pub(crate) mod observe;
 mod perform;
 pub(crate) mod preflight;
+pub(crate) mod retention;
 mod section;
 mod snapshot;
 mod status;
