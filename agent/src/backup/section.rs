@@ -18,15 +18,19 @@ use kube::api::{ListParams, PostParams};
 use kube::runtime::utils::Backoff;
 use kube::runtime::{WatchStreamExt, watcher};
 use kube::{Api, ResourceExt};
-use sts_backup_api::backup::{HookPods, OnError, StatefulSetBackup};
+use sts_backup_api::backup::{HookPods, MAX_CLAIMS, OnError, StatefulSetBackup};
 use sts_backup_api::conditions::{DELETED, INTERRUPTED};
 use sts_backup_api::names::{FIELD_MANAGER, RUN_LABEL};
 use sts_backup_api::points::is_cut;
-use sts_backup_api::run::{Consistency, CurrentRun, Failure, RunPod, RunStep, SnapshotState, ThawState};
+use sts_backup_api::run::{
+    Consistency, CurrentRun, Failure, RunId, RunPod, RunStep, SnapshotState, ThawState,
+};
 use sts_backup_api::snapshot::{VolumeSnapshot, VolumeSnapshotContent};
+use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
 use tracing::{debug, warn};
 
 use super::context::Context;
@@ -115,10 +119,12 @@ impl Section {
         let spent = u64::try_from(milliseconds(since, clock::now())).unwrap_or_default();
         let deadline = begun + budget.saturating_sub(Duration::from_millis(spent));
 
+        // While the hooks run: what is done later adds to the freeze.
+        let (_watching, changes) = self.watch(&run.id);
         let consistency = self.freeze(run, deadline).await?;
         debug!(run = %run.id, "frozen");
         crash_point!("after-freeze");
-        self.cut(run, consistency, deadline, creating).await?;
+        self.cut(run, consistency, deadline, creating, changes).await?;
         debug!(run = %run.id, "cut");
         run.cut_at = Some(MicroTime(clock::now()));
         Ok(())
@@ -241,6 +247,24 @@ impl Section {
         Ok(if wanted > 0 && held == wanted { Consistency::Application } else { Consistency::CrashPerVolume })
     }
 
+    /// Watches the run's snapshots, in a task of its own.
+    fn watch(&self, run: &RunId) -> (AbortOnDropHandle<()>, mpsc::Receiver<VolumeSnapshot>) {
+        let snapshots: Api<VolumeSnapshot> = Api::namespaced(self.cx.client.clone(), &self.namespace);
+        let config = watcher::Config::default().labels(&format!("{RUN_LABEL}={run}"));
+        let (tell, told) = mpsc::channel(MAX_CLAIMS);
+        let watching = tokio::spawn(async move {
+            let mut changes = pin!(watcher(snapshots, config).backoff(Steadily).applied_objects());
+            while let Some(change) = changes.next().await {
+                if let Ok(snapshot) = change
+                    && tell.send(snapshot).await.is_err()
+                {
+                    return;
+                }
+            }
+        });
+        (AbortOnDropHandle::new(watching), told)
+    }
+
     /// Creates all snapshots at once and returns when every one of them is cut.
     async fn cut(
         &self,
@@ -248,11 +272,8 @@ impl Section {
         consistency: Consistency,
         deadline: Instant,
         creating: &mut JoinSet<Result<(), Failure>>,
+        mut changes: mpsc::Receiver<VolumeSnapshot>,
     ) -> Result<(), Failure> {
-        let snapshots: Api<VolumeSnapshot> = Api::namespaced(self.cx.client.clone(), &self.namespace);
-        let selector = format!("{RUN_LABEL}={}", run.id);
-        let config = watcher::Config::default().labels(&selector);
-        let mut changes = pin!(watcher(snapshots.clone(), config).backoff(Steadily).applied_objects());
         for volume in &run.volumes {
             let manifest = self.claims.get(&volume.claim);
             let snapshot = snapshot_of(&self.backup, run, volume, manifest, consistency, clock::now());
@@ -269,9 +290,7 @@ impl Section {
                         crash_point!("after-create");
                     }
                 }
-                change = changes.next() => if let Some(Ok(snapshot)) = change {
-                    note_cut(run, &snapshot);
-                },
+                Some(snapshot) = changes.recv() => note_cut(run, &snapshot),
                 () = &mut give_up => {
                     // The watch may lag: one look decides. Nothing is thawed yet, so what is cut is cut in time.
                     let uncut = timeout(LOOK_TIMEOUT, self.look_for_cuts(run)).await;
