@@ -374,9 +374,8 @@ fn check(case: &Case) {
     let newest =
         case.points.iter().filter(present).filter(|point| point.complete).max_by_key(|point| age(point));
     assert!(newest.is_none_or(stays), "the newest complete point goes");
-    if newest.is_none() && case.points.iter().any(|point| point.ready_volumes > 0) {
-        assert!(case.points.iter().any(|point| point.ready_volumes > 0 && stays(point)), "all data goes");
-    }
+    let with_data = case.points.iter().filter(present).filter(|point| point.ready_volumes > 0);
+    let best = with_data.max_by_key(|point| age(point)).filter(|_| newest.is_none());
     let kept = plainly_kept(&case.policy, &case.zone, &case.points, case.now);
     for point in &case.points {
         let Verdict { keep, why } = &verdicts[&point.id];
@@ -393,18 +392,9 @@ fn check(case: &Case) {
         } else {
             assert!(rules.is_empty(), "a rule counts the incomplete {}", point.id);
             let superseded = newest.is_some_and(|newest| age(newest) > age(point));
-            let is_old = case.now.as_second() - point.time.0.as_second() > 86_400;
-            assert!(!(superseded && *keep), "{} is superseded, yet stays: {why}", point.id);
-            assert!(
-                superseded || is_old || *keep || case.now.duration_since(point.time.0) >= DAY,
-                "{} goes too early: {why}",
-                point.id
-            );
-            assert!(
-                !is_old || !*keep || matches!(why, Why::BestThereIs),
-                "{} stays too long: {why}",
-                point.id
-            );
+            let is_old = case.now.as_microsecond() - point.time.0.as_microsecond() >= 86_400_000_000;
+            let is_best = best.is_some_and(|best| best.id == point.id);
+            assert_eq!(*keep, !superseded && (!is_old || is_best), "{}: {why}", point.id);
         }
         if let Why::KeptBy(said) = why {
             let mut said: Vec<_> = said.iter().map(|rule| rule.field().to_owned()).collect();
@@ -506,7 +496,7 @@ fn a_case() -> impl Strategy<Value = Case> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 2000, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 500, ..ProptestConfig::default() })]
 
     #[test]
     fn what_stays_is_what_the_rules_say(case in a_case()) {
