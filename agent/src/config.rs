@@ -11,20 +11,16 @@ use std::time::Duration;
 
 use figment::Figment;
 use serde::{Deserialize, Serialize};
-use sts_backup_api::backup::{Hook, HookPods, OnError};
 
+pub use self::hook_profiles::HookProfile;
+use self::hook_profiles::WrittenHookProfile;
 use self::layers::{Layer, origin_of, unusable};
 use crate::telemetry;
 
+mod hook_profiles;
 mod layers;
 #[cfg(test)]
 mod tests;
-
-/// The most words that the API server admits in a hook's command.
-const MAX_ARGUMENTS: usize = 32;
-
-/// The longest word that it admits there, bytes.
-const MAX_ARGUMENT: usize = 8192;
 
 /// The agent's configuration, complete and valid.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -45,17 +41,19 @@ pub struct Config {
     pub shutdown: Duration,
     /// How many objects each controller works on at once.
     pub concurrent_reconciles: u16,
+    /// How much of the storage the backups may take at once.
+    pub limits: Limits,
     /// Hooks that policies name.
     pub hook_profiles: BTreeMap<String, HookProfile>,
 }
 
-/// Hooks that policies name: at least one of them.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct HookProfile {
-    /// Freezes the application.
-    pub pre: Option<Hook>,
-    /// Thaws it.
-    pub post: Option<Hook>,
+/// The most snapshots that may be under way, each from its order until it is ready; at least 1.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// In the cluster.
+    pub cluster: usize,
+    /// Of each CSI driver.
+    pub driver: usize,
 }
 
 /// The lease that the replicas share; `retry` < `renew_deadline` < `duration`.
@@ -116,6 +114,20 @@ pub struct Flags {
     #[arg(long, value_name = "NUMBER")]
     #[serde(skip_serializing_if = "Option::is_none")]
     concurrent_reconciles: Option<i64>,
+    #[command(flatten)]
+    limits: LimitFlags,
+}
+
+#[derive(Clone, Debug, Default, Serialize, clap::Args)]
+struct LimitFlags {
+    /// Number of snapshots that may be under way in the cluster [default: 500]
+    #[arg(long = "limits-snapshots", value_name = "NUMBER")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    snapshots: Option<i64>,
+    /// Number of snapshots that may be under way of each CSI driver [default: 100]
+    #[arg(long = "limits-snapshots-per-driver", value_name = "NUMBER")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    snapshots_per_driver: Option<i64>,
 }
 
 #[derive(Clone, Debug, Default, Serialize, clap::Args)]
@@ -186,30 +198,16 @@ struct Written {
     shutdown_seconds: i64,
     concurrent_reconciles: i64,
     lease: WrittenLease,
+    limits: WrittenLimits,
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     hook_profiles: BTreeMap<String, WrittenHookProfile>,
 }
 
-/// Both hooks with what they have in common.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct WrittenHookProfile {
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pre: Vec<String>,
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    post: Vec<String>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    container: Option<String>,
-    #[serde(default = "default_hook_timeout_seconds")]
-    timeout_seconds: i64,
-    #[serde(default)]
-    on_error: OnError,
-    #[serde(default)]
-    pods: HookPods,
-}
-
-fn default_hook_timeout_seconds() -> i64 {
-    60
+struct WrittenLimits {
+    snapshots: i64,
+    snapshots_per_driver: i64,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -239,6 +237,7 @@ impl Written {
                 renew_deadline_seconds: 10,
                 retry_seconds: 2,
             },
+            limits: WrittenLimits { snapshots: 500, snapshots_per_driver: 100 },
             hook_profiles: BTreeMap::new(),
         }
     }
@@ -282,8 +281,10 @@ impl Config {
             lease,
             shutdown,
             concurrent_reconciles,
+            limits,
             hook_profiles,
         } = self;
+        let number = |number: usize| i64::try_from(number).unwrap_or(i64::MAX);
         let LeaseConfig { name, duration, renew_deadline, retry } = lease;
         let whole = |span: &Duration| i64::try_from(span.as_secs()).unwrap_or(i64::MAX);
         let written = Written {
@@ -300,29 +301,16 @@ impl Config {
                 renew_deadline_seconds: whole(renew_deadline),
                 retry_seconds: whole(retry),
             },
+            limits: WrittenLimits {
+                snapshots: number(limits.cluster),
+                snapshots_per_driver: number(limits.driver),
+            },
             hook_profiles: hook_profiles
                 .iter()
                 .map(|(name, profile)| (name.clone(), WrittenHookProfile::of(profile)))
                 .collect(),
         };
         toml::to_string(&written).expect("strings, numbers, lists and tables are always TOML")
-    }
-}
-
-impl WrittenHookProfile {
-    fn of(profile: &HookProfile) -> Self {
-        let HookProfile { pre, post } = profile;
-        let command =
-            |hook: &Option<Hook>| hook.as_ref().map(|hook| hook.command.clone()).unwrap_or_default();
-        let common = pre.as_ref().or(post.as_ref());
-        Self {
-            pre: command(pre),
-            post: command(post),
-            container: common.and_then(|hook| hook.container_name.clone()),
-            timeout_seconds: common.map_or_else(default_hook_timeout_seconds, |hook| hook.timeout_seconds),
-            on_error: common.map(|hook| hook.on_error).unwrap_or_default(),
-            pods: common.map(|hook| hook.pods).unwrap_or_default(),
-        }
     }
 }
 
@@ -342,6 +330,7 @@ impl Checks<'_> {
             shutdown_seconds,
             concurrent_reconciles,
             lease,
+            limits,
             hook_profiles,
         } = written;
         let listen = listen.parse().map_err(|_| {
@@ -370,49 +359,20 @@ impl Checks<'_> {
             lease: self.lease(lease)?,
             shutdown: self.seconds("shutdown_seconds", shutdown_seconds)?,
             concurrent_reconciles: u16::try_from(concurrent).expect("at most 1000"),
+            limits: Limits {
+                cluster: self.number("limits.snapshots", limits.snapshots)?,
+                driver: self.number("limits.snapshots_per_driver", limits.snapshots_per_driver)?,
+            },
             hook_profiles: hook_profiles
                 .into_iter()
-                .map(|(name, profile)| Ok((name.clone(), self.hook_profile(&name, profile)?)))
+                .map(|(name, profile)| Ok((name.clone(), profile.check(&name, self)?)))
                 .collect::<Result<_, ConfigError>>()?,
         })
     }
 
-    /// Within what the API server admits in a backup.
-    fn hook_profile(&self, name: &str, written: WrittenHookProfile) -> Result<HookProfile, ConfigError> {
-        let WrittenHookProfile { pre, post, container, timeout_seconds, on_error, pods } = written;
-        let key = |field: &str| format!("hook_profiles.{name}{field}");
-        if !is_dns_label(name) {
-            let remedy = "write lower-case letters, digits and -, such as postgres";
-            return Err(self.refuse(&key(""), name, "no policy can name it", remedy));
-        }
-        if pre.is_empty() && post.is_empty() {
-            let remedy = "write pre and post, each as a list of a program and its arguments";
-            return Err(self.refuse(&key(""), name, "it has no command", remedy));
-        }
-        for (field, command) in [(".pre", &pre), (".post", &post)] {
-            if command.len() > MAX_ARGUMENTS || command.iter().any(|word| word.len() > MAX_ARGUMENT) {
-                let reason = format!(
-                    "it has more than {MAX_ARGUMENTS} words, or one of more than {MAX_ARGUMENT} bytes"
-                );
-                let remedy = "put a script into the image, and call that";
-                return Err(self.refuse(&key(field), "a command", &reason, remedy));
-            }
-        }
-        if let Some(container) = container.as_deref().filter(|container| !is_dns_label(container)) {
-            let remedy = "write the name of a container, or leave it out";
-            return Err(self.refuse(
-                &key(".container"),
-                container,
-                "no container can have this name",
-                remedy,
-            ));
-        }
-        self.seconds(&key(".timeout_seconds"), timeout_seconds)?;
-        let hook = |command: Vec<String>| {
-            let container_name = container.clone();
-            (!command.is_empty()).then(|| Hook { command, container_name, timeout_seconds, on_error, pods })
-        };
-        Ok(HookProfile { pre: hook(pre), post: hook(post) })
+    /// A number that is no limit when it is large.
+    fn number(&self, key: &str, value: i64) -> Result<usize, ConfigError> {
+        self.within(key, value, 1..=1_000_000).map(|value| usize::try_from(value).unwrap_or(usize::MAX))
     }
 
     fn lease(&self, written: WrittenLease) -> Result<LeaseConfig, ConfigError> {

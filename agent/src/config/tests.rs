@@ -1,5 +1,7 @@
 use std::fs;
 
+use sts_backup_api::backup::{HookPods, OnError};
+
 use super::layers::{flag_of, variable_of};
 use super::*;
 
@@ -58,6 +60,7 @@ fn without_anything_the_defaults_hold() {
             },
             shutdown: seconds(25),
             concurrent_reconciles: 16,
+            limits: Limits { cluster: 500, driver: 100 },
             hook_profiles: BTreeMap::new(),
         }
     );
