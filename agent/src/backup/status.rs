@@ -16,6 +16,7 @@ use sts_backup_api::run::{
 use super::decide::{BackupStep, Idle, Pruned, Skipped, Wait, points_of};
 use super::due::{Missed, begins_anew, next_run};
 use super::observe::{BackupFacts, Target};
+use crate::events::Note;
 
 /// A run is due, or has begun, and others come first.
 const QUEUED: &str = "Queued";
@@ -262,26 +263,6 @@ fn thaw_state(run: &CurrentRun) -> Option<(bool, &'static str, String)> {
         RunStep::Thawing | RunStep::Readying | RunStep::CleaningUp => {
             Some((true, "Thawed", "nothing is owed to any pod".to_owned()))
         }
-    }
-}
-
-/// What an Event says.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Note {
-    /// `Normal` or `Warning`.
-    pub(super) kind: &'static str,
-    pub(super) reason: &'static str,
-    pub(super) action: &'static str,
-    pub(super) message: String,
-}
-
-impl Note {
-    pub(super) fn normal(reason: &'static str, action: &'static str, message: String) -> Self {
-        Self { kind: "Normal", reason, action, message }
-    }
-
-    pub(super) fn warning(reason: &'static str, action: &'static str, message: String) -> Self {
-        Self { kind: "Warning", reason, action, message }
     }
 }
 

@@ -87,7 +87,8 @@ impl WrittenHookProfile {
         checks.seconds(&key(".timeout_seconds"), timeout_seconds)?;
         let hook = |command: Vec<String>| {
             let container_name = container.clone();
-            (!command.is_empty()).then(|| Hook { command, container_name, timeout_seconds, on_error, pods })
+            let is_set = !command.is_empty();
+            is_set.then_some(Hook { command, container_name, timeout_seconds, on_error, pods })
         };
         Ok(HookProfile { pre: hook(pre), post: hook(post) })
     }

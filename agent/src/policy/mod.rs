@@ -44,7 +44,7 @@ const STATUS_RETRY: Duration = Duration::from_secs(10);
 
 /// Keeps backups as policies want them, until `stop` is cancelled.
 pub(crate) async fn run(app: app::Context, stop: CancellationToken) {
-    let app::Context { client, exec_client: _, leadership, config, metrics } = app;
+    let app::Context { client, exec_client, leadership, config, metrics } = app;
     let changed = Arc::new(Notify::new());
     // They end with this function.
     let mut watches = JoinSet::new();
@@ -53,6 +53,7 @@ pub(crate) async fn run(app: app::Context, stop: CancellationToken) {
     let mut controller = Controller {
         reporter: Reporter { controller: FIELD_MANAGER.to_owned(), instance: Some(config.identity.clone()) },
         client,
+        once: exec_client,
         leadership,
         concurrency: usize::from(config.concurrent_reconciles),
         stores,
@@ -65,6 +66,8 @@ pub(crate) async fn run(app: app::Context, stop: CancellationToken) {
 
 struct Controller {
     client: Client,
+    /// For Events: one that is sent twice is there twice.
+    once: Client,
     leadership: Leadership,
     reporter: Reporter,
     concurrency: usize,
@@ -219,7 +222,7 @@ impl Controller {
 
     async fn publish(&self, plan: &PolicyPlan<'_>, note: Note) {
         let about = plan.policy.object.object_ref(&());
-        events::publish(self.client.clone(), &self.reporter, about, note).await;
+        events::publish(self.once.clone(), &self.reporter, about, note).await;
     }
 }
 

@@ -29,6 +29,7 @@ use tokio::sync::Notify;
 use tokio::task::JoinSet;
 use tracing::warn;
 
+use crate::backup::observe::is_granted_by;
 use crate::config::HookProfile;
 use crate::telemetry;
 
@@ -233,12 +234,6 @@ fn key_of<K: ResourceExt>(object: &K) -> Key {
 
 fn is_excluded<K: ResourceExt>(object: &K) -> bool {
     object.annotations().get(EXCLUDE_ANNOTATION).is_some_and(|value| value == "true")
-}
-
-/// Whether a namespace's annotation names another one.
-fn is_granted_by<K: ResourceExt>(namespace: &K, to: &str) -> bool {
-    let granted = namespace.annotations().get(ALLOW_BACKUP_FROM_ANNOTATION);
-    granted.is_some_and(|granted| granted.split(',').any(|granted| granted.trim() == to))
 }
 
 fn policy_facts(object: Arc<StatefulSetBackupPolicy>) -> PolicyFacts {

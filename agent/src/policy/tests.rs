@@ -105,7 +105,8 @@ impl Cluster {
 
     fn write_policy(&mut self, name: &str, spec: &Value) {
         let old = self.facts.policies.iter().find(|policy| policy.name == name);
-        let uid = old.map(|policy| policy.uid.clone()).unwrap_or_else(|| self.uid());
+        let uid = old.map(|policy| policy.uid.clone());
+        let uid = uid.unwrap_or_else(|| self.uid());
         let object = json!({
             "apiVersion": "backup.sts-backup.io/v1alpha1", "kind": "StatefulSetBackupPolicy",
             "metadata": { "name": name, "uid": uid, "generation": 1 }, "spec": spec,
@@ -754,7 +755,7 @@ impl Model {
             let by_hand = |backup: &BackupFacts| backup.set == key(path) && backup.owner.is_none();
             match (first, owned.as_slice()) {
                 (None, owned) => {
-                    assert!(owned.is_empty(), "{path} is not selected, and backed up by {owned:?}")
+                    assert!(owned.is_empty(), "{path} is not selected, and backed up by {owned:?}");
                 }
                 (Some(policy), [backup]) => {
                     assert_eq!(backup.owner.as_ref(), Some(&policy.uid), "{path}");

@@ -1,4 +1,4 @@
-//! Policies: which StatefulSets they back up, how, and what they leave to others.
+//! Policies: which `StatefulSets` they back up, how, and what they leave to others.
 
 use std::time::Duration;
 
@@ -25,7 +25,7 @@ async fn with_namespace(test: impl AsyncFnOnce(&Namespace) -> Result<()>) -> Res
     with_temp_namespace(&cluster, "policies", test).await
 }
 
-/// A policy of all StatefulSets, whose backups begin no run by themselves.
+/// A policy of all `StatefulSets`, whose backups begin no run by themselves.
 fn quiet() -> Value {
     json!({ "template": { "spec": { "schedule": NEVER } } })
 }
@@ -372,8 +372,7 @@ async fn the_metrics_show_what_is_unprotected_and_what_policies_do_about_it() ->
         agent
             .await_metrics("all are protected, and overdue", |text| {
                 let has = |name: &str| {
-                    let line =
-                        format!("sts_backup_policy_{name}{{policy=\"{}\"}} 2\n", policy.name());
+                    let line = format!("sts_backup_policy_{name}{{policy=\"{}\"}} 2\n", policy.name());
                     text.contains(&line)
                 };
                 text.contains(&unprotected(0)) && has("matched") && has("protected") && has("overdue")
