@@ -199,12 +199,10 @@ fn progress(run: &CurrentRun, step: &BackupStep) -> (&'static str, String) {
         RunStep::Frozen => ("Frozen", format!("run {} freezes, cuts and thaws: {all} volumes", run.id)),
         RunStep::Thawing => ("Thawing", format!("run {} still owes pods a thaw", run.id)),
         RunStep::Readying => {
-            let trouble = match step {
-                BackupStep::Wait { why: Wait::Snapshots { trouble: Some(trouble) }, .. } => {
-                    format!("; the storage tries again: {trouble}")
-                }
-                _ => String::new(),
-            };
+            let mut trouble = String::new();
+            if let BackupStep::Wait { why: Wait::Snapshots { trouble: Some(said) }, .. } = step {
+                trouble = format!("; the storage tries again: {said}");
+            }
             ("Readying", format!("run {}: {ready}/{all} snapshots are ready{trouble}", run.id))
         }
         RunStep::CleaningUp => {
