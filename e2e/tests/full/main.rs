@@ -5,6 +5,7 @@ mod api_faults;
 mod crashes;
 mod kills;
 mod leases;
+mod policies;
 mod storage;
 
 use anyhow::Result;
