@@ -1,7 +1,8 @@
 //! What the backup controller counts and measures. Names follow Velero's, which dashboards know.
 //!
-//! Gauges are computed from the objects at the scrape, so a restart changes none of them; counters and histograms
-//! count since the start of the process. The series of a deleted object are gone with it.
+//! Gauges are computed from the objects at the scrape, so a restart changes none of them, and neither does it
+//! `sts_backup_missed_runs_total`, which the objects count; other counters and histograms count since the start of the
+//! process. The series of a deleted object are gone with it. `docs/metrics.md` lists all of them.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -14,13 +15,15 @@ use kube::runtime::reflector::Store;
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric};
 use prometheus_client::metrics::MetricType;
-use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::counter::{ConstCounter, Counter};
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use sts_backup_api::backup::StatefulSetBackup;
+use sts_backup_api::conditions::{self, READY, THAWED};
 use sts_backup_api::run::{RunRecord, RunResult};
 
+use super::status::{THAW_FAILED, THAW_GIVEN_UP};
 use crate::metrics::Metrics;
 
 /// One backup.
@@ -40,6 +43,9 @@ impl Labels {
         }
     }
 }
+
+/// A backup with its labels, which are made once a scrape.
+type Labelled<'a> = (Labels, &'a StatefulSetBackup);
 
 type Histograms = Family<Labels, Histogram, fn() -> Histogram>;
 
@@ -87,10 +93,6 @@ impl BackupMetrics {
     pub(super) fn started(&self, backup: &StatefulSetBackup) {
         let labels = Labels::of(backup);
         self.attempts.get_or_create(&labels).inc();
-        // At zero from the start: what first appears as 1 is no increase.
-        for family in [&self.successes, &self.partial_failures, &self.failures] {
-            drop(family.get_or_create(&labels));
-        }
         self.counted.insert(labels);
     }
 
@@ -110,8 +112,18 @@ impl BackupMetrics {
         self.counted.insert(labels);
     }
 
+    /// Begins to count for backups that are new: what first appears as 1 is no increase.
+    fn begin(&self, backups: &[Labelled<'_>]) {
+        for (labels, _) in backups.iter().filter(|(labels, _)| !self.counted.contains(labels)) {
+            for family in [&self.attempts, &self.successes, &self.partial_failures, &self.failures] {
+                drop(family.get_or_create(labels));
+            }
+            self.counted.insert(labels.clone());
+        }
+    }
+
     /// Drops the series of backups that are gone.
-    fn keep(&self, known: &BTreeSet<Labels>) {
+    fn keep(&self, known: &BTreeSet<&Labels>) {
         let Self { counted, attempts, successes, partial_failures, failures, durations, freezes } = self;
         counted.retain(|labels| {
             let is_known = known.contains(labels);
@@ -146,66 +158,152 @@ impl fmt::Debug for Scrape {
 impl Collector for Scrape {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
         let backups = self.store.state();
+        let backups: Vec<Labelled<'_>> =
+            backups.iter().map(|backup| (Labels::of(backup), &**backup)).collect();
+        self.counted.begin(&backups);
         // Before the first list is complete nothing is known to be gone.
         if self.store.wait_until_ready().now_or_never().is_some() {
-            self.counted.keep(&backups.iter().map(|backup| Labels::of(backup)).collect());
+            self.counted.keep(&backups.iter().map(|(labels, _)| labels).collect());
         }
-        let BackupMetrics { counted: _, attempts, successes, partial_failures, failures, durations, freezes } =
-            &self.counted;
-        for (name, help, family) in [
-            ("sts_backup_attempt", "Runs that were begun", attempts),
-            ("sts_backup_success", "Runs that ended with a complete recovery point", successes),
-            ("sts_backup_partial_failure", "Runs that left claims out", partial_failures),
-            ("sts_backup_failure", "Runs that failed", failures),
-        ] {
-            family.encode(encoder.encode_descriptor(name, help, None, MetricType::Counter)?)?;
+        counters(&mut encoder, &self.counted)?;
+        missed_runs(&mut encoder, &backups)?;
+        for (name, help, value) in GAUGES {
+            gauge(&mut encoder, &backups, name, help, value)?;
         }
-        for (name, help, family) in [
-            ("sts_backup_duration_seconds", "From a run's begin to its end", durations),
-            (
-                "sts_backup_freeze_seconds",
-                "From the first preBackupHook to the last cut, or to the failure before it",
-                freezes,
-            ),
-        ] {
-            family.encode(encoder.encode_descriptor(name, help, None, MetricType::Histogram)?)?;
-        }
-        gauges(&mut encoder, &backups)
+        Ok(())
     }
 }
 
-type Gauge = (&'static str, &'static str, fn(&StatefulSetBackup) -> Option<f64>);
+fn counters(encoder: &mut DescriptorEncoder<'_>, counted: &BackupMetrics) -> Result<(), fmt::Error> {
+    let BackupMetrics { counted: _, attempts, successes, partial_failures, failures, durations, freezes } =
+        counted;
+    for (name, help, family) in [
+        ("sts_backup_attempt", "Runs that were begun", attempts),
+        ("sts_backup_success", "Runs that ended with a complete recovery point", successes),
+        ("sts_backup_partial_failure", "Runs that left claims out", partial_failures),
+        ("sts_backup_failure", "Runs that failed", failures),
+    ] {
+        family.encode(encoder.encode_descriptor(name, help, None, MetricType::Counter)?)?;
+    }
+    for (name, help, family) in [
+        ("sts_backup_duration_seconds", "From a run's begin to its end", durations),
+        (
+            "sts_backup_freeze_seconds",
+            "From the first preBackupHook to the last cut, or to the failure before it",
+            freezes,
+        ),
+    ] {
+        family.encode(encoder.encode_descriptor(name, help, None, MetricType::Histogram)?)?;
+    }
+    Ok(())
+}
 
-const GAUGES: [Gauge; 3] = [
-    ("sts_backup_last_status", "1: the last run left a complete recovery point; 0: it did not", last_status),
-    (
-        "sts_backup_last_successful_timestamp_seconds",
-        "The time of the newest complete recovery point that a run made",
-        last_success,
-    ),
-    ("sts_backup_recovery_points", "Complete recovery points", points),
-];
-
-fn gauges(encoder: &mut DescriptorEncoder<'_>, backups: &[Arc<StatefulSetBackup>]) -> Result<(), fmt::Error> {
-    for (name, help, value) in GAUGES {
-        let mut family = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
-        for backup in backups {
-            if let Some(value) = value(backup) {
-                ConstGauge::new(value).encode(family.encode_family(&Labels::of(backup))?)?;
-            }
+/// A counter that the objects keep.
+fn missed_runs(encoder: &mut DescriptorEncoder<'_>, backups: &[Labelled<'_>]) -> Result<(), fmt::Error> {
+    let help = "Scheduled runs that were not begun";
+    let mut family =
+        encoder.encode_descriptor("sts_backup_missed_runs", help, None, MetricType::Counter)?;
+    for (labels, backup) in backups {
+        if let Some(status) = &backup.status {
+            let missed = status.missed_runs.max(0).unsigned_abs();
+            ConstCounter::new(missed).encode(family.encode_family(labels)?)?;
         }
     }
     Ok(())
 }
 
+type Gauge = (&'static str, &'static str, fn(&StatefulSetBackup) -> Option<f64>);
+
+const GAUGES: [Gauge; 10] = [
+    ("sts_backup_created_timestamp_seconds", "When the object was created", created),
+    ("sts_backup_suspended", "1: no further runs are begun, as the spec says", suspended),
+    ("sts_backup_ready", "1: the spec can be used; 0: it cannot, or the last preflight refused", usable),
+    ("sts_backup_last_status", "1: the last run left a complete recovery point; 0: it did not", last_status),
+    ("sts_backup_last_partial_failure", "1: the last run left claims out; 0: it did not", last_partial_failure),
+    (
+        "sts_backup_last_successful_timestamp_seconds",
+        "The time of the newest complete recovery point that a run made",
+        last_success,
+    ),
+    (
+        "sts_backup_last_freeze_seconds",
+        "The freeze of the last run, where its preBackupHook froze anything",
+        last_freeze,
+    ),
+    ("sts_backup_max_freeze_seconds", "The longest freeze that the spec allows", max_freeze),
+    (
+        "sts_backup_thaw_failed",
+        "1: a postBackupHook failed, and its pod may still be frozen; 0: nothing is owed, or not yet",
+        thaw_failed,
+    ),
+    ("sts_backup_recovery_points", "Complete recovery points", points),
+];
+
+fn gauge(
+    encoder: &mut DescriptorEncoder<'_>,
+    backups: &[Labelled<'_>],
+    name: &str,
+    help: &str,
+    value: impl Fn(&StatefulSetBackup) -> Option<f64>,
+) -> Result<(), fmt::Error> {
+    let mut family = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
+    for (labels, backup) in backups {
+        if let Some(value) = value(backup) {
+            ConstGauge::new(value).encode(family.encode_family(labels)?)?;
+        }
+    }
+    Ok(())
+}
+
+fn flag(is_so: bool) -> f64 {
+    if is_so { 1.0 } else { 0.0 }
+}
+
+fn created(backup: &StatefulSetBackup) -> Option<f64> {
+    let time = backup.metadata.creation_timestamp.as_ref()?;
+    Some(seconds(time.0.as_millisecond()))
+}
+
+#[expect(clippy::unnecessary_wraps, reason = "others have no value for every backup")]
+fn suspended(backup: &StatefulSetBackup) -> Option<f64> {
+    Some(flag(backup.spec.suspend))
+}
+
+fn usable(backup: &StatefulSetBackup) -> Option<f64> {
+    let ready = conditions::find(&backup.status.as_ref()?.conditions, READY)?;
+    Some(flag(ready.status == "True"))
+}
+
+fn last_run(backup: &StatefulSetBackup) -> Option<&RunRecord> {
+    backup.status.as_ref()?.history.first()
+}
+
 fn last_status(backup: &StatefulSetBackup) -> Option<f64> {
-    let last = backup.status.as_ref()?.history.first()?;
-    Some(if last.result == RunResult::Completed { 1.0 } else { 0.0 })
+    Some(flag(last_run(backup)?.result == RunResult::Completed))
+}
+
+fn last_partial_failure(backup: &StatefulSetBackup) -> Option<f64> {
+    Some(flag(last_run(backup)?.result == RunResult::PartiallyFailed))
 }
 
 fn last_success(backup: &StatefulSetBackup) -> Option<f64> {
     let time = backup.status.as_ref()?.last_successful_time.as_ref()?;
     Some(seconds(time.0.as_millisecond()))
+}
+
+fn last_freeze(backup: &StatefulSetBackup) -> Option<f64> {
+    Some(seconds(last_run(backup)?.freeze_ms?))
+}
+
+#[expect(clippy::unnecessary_wraps, reason = "others have no value for every backup")]
+fn max_freeze(backup: &StatefulSetBackup) -> Option<f64> {
+    Some(backup.spec.max_freeze().as_secs_f64())
+}
+
+fn thaw_failed(backup: &StatefulSetBackup) -> Option<f64> {
+    let thawed = conditions::find(&backup.status.as_ref()?.conditions, THAWED)?;
+    let has_failed = [THAW_FAILED, THAW_GIVEN_UP].contains(&thawed.reason.as_str());
+    Some(flag(thawed.status == "False" && has_failed))
 }
 
 #[expect(clippy::cast_precision_loss, reason = "a count of objects is small")]
