@@ -7,4 +7,5 @@ pub mod conditions;
 pub mod names;
 pub mod points;
 pub mod run;
+pub mod schedule;
 pub mod snapshot;
