@@ -36,6 +36,7 @@ pub mod shell;
 pub mod snapshot;
 pub mod snapshot_controller;
 pub mod trace;
+mod user;
 
 pub use app::App;
 pub use backup::Backup;
@@ -44,3 +45,4 @@ pub use load::WriteLoad;
 pub use namespace::{Namespace, with_temp_namespace, with_temp_namespaces};
 pub use postgres::{Postgres, Rows};
 pub use redis::Redis;
+pub use user::User;
