@@ -20,8 +20,10 @@ use super::observe::{BackupFacts, Target};
 /// A run is due, or has begun, and others come first.
 const QUEUED: &str = "Queued";
 
+/// The thaw of a pod failed, and is repeated.
+pub(super) const THAW_FAILED: &str = "ThawFailed";
 /// The thaw of a pod failed, and its user said to let it be.
-const THAW_GIVEN_UP: &str = "ThawGivenUp";
+pub(super) const THAW_GIVEN_UP: &str = "ThawGivenUp";
 
 /// The status after the step is written down, and before it is done.
 pub(super) fn next_status(facts: &BackupFacts, step: &BackupStep, now: Timestamp) -> StatefulSetBackupStatus {
@@ -239,7 +241,7 @@ fn thaw_state(run: &CurrentRun) -> Option<(bool, &'static str, String)> {
                 "the postBackupHook failed and is repeated: {}. Thaw by hand, or correct postBackupHook",
                 told.join("; ")
             );
-            Some((false, "ThawFailed", message))
+            Some((false, THAW_FAILED, message))
         }
         RunStep::Thawing if owing.iter().any(|(_, thaw)| thaw.not_before.is_none()) => Some((
             false,
