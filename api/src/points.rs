@@ -82,6 +82,15 @@ pub fn is_ready(snapshot: &VolumeSnapshot) -> bool {
     snapshot.status.as_ref().and_then(|status| status.ready_to_use) == Some(true)
 }
 
+/// Whether a claim is being made from the snapshot right now.
+#[must_use]
+pub fn is_in_use(snapshot: &VolumeSnapshot) -> bool {
+    snapshot
+        .finalizers()
+        .iter()
+        .any(|finalizer| finalizer == "provisioner.storage.kubernetes.io/volumesnapshot-as-source-protection")
+}
+
 fn annotation<'a>(snapshot: &'a VolumeSnapshot, name: &str) -> Option<&'a str> {
     snapshot.annotations().get(name).map(String::as_str)
 }

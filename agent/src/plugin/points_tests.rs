@@ -78,7 +78,7 @@ fn programs_get_the_point_and_its_owner_in_one_object() {
         json!({
             "namespace": "shop", "backupNamespace": "shop", "backup": "nightly", "backupDeleted": false,
             "statefulSet": "db", "id": "run-1", "time": "2026-02-03T02:00:00.000000Z", "complete": true,
-            "readyVolumes": 2, "expectedVolumes": 2, "replicas": 0, "consistency": "Application",
+            "readyVolumes": 2, "expectedVolumes": 2, "hold": false, "replicas": 0, "consistency": "Application",
             "sizeBytes": 20_971_520,
         })
     );

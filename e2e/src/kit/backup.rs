@@ -55,6 +55,12 @@ impl Backup {
         Ok(Self { ns: ns.clone(), name: name.to_owned() })
     }
 
+    /// One that a policy made.
+    #[must_use]
+    pub fn existing(ns: &Namespace, name: &str) -> Self {
+        Self { ns: ns.clone(), name: name.to_owned() }
+    }
+
     /// The API of its kind in its namespace.
     #[must_use]
     pub fn api(&self) -> Api<StatefulSetBackup> {

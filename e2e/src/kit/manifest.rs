@@ -1,15 +1,16 @@
-//! `StatefulSetBackup`s as users write them, sent as kubectl sends them: an unknown field is refused, not dropped.
+//! Backups and policies as users write them, sent as kubectl sends them: an unknown field is refused, not dropped.
 
 use anyhow::{Result, bail};
 use kube::{Client, Resource};
 use serde_json::{Value, json};
 use sts_backup_api::backup::StatefulSetBackup;
+use sts_backup_api::policy::StatefulSetBackupPolicy;
 
 use super::{Namespace, User};
 
 const DRY_RUN: &str = "&dryRun=All";
 
-/// A manifest with that spec.
+/// The manifest of a backup with that spec.
 #[must_use]
 pub fn manifest(name: &str, spec: &Value) -> Value {
     json!({
@@ -54,7 +55,11 @@ pub async fn refusal_of(user: &User, ns: &Namespace, manifest: &Value) -> Result
 }
 
 async fn send(client: &Client, ns: &Namespace, manifest: &Value, parameters: &str) -> kube::Result<()> {
-    let path = StatefulSetBackup::url_path(&(), Some(ns.name()));
+    let path = if manifest["kind"] == *StatefulSetBackupPolicy::kind(&()) {
+        StatefulSetBackupPolicy::url_path(&(), None)
+    } else {
+        StatefulSetBackup::url_path(&(), Some(ns.name()))
+    };
     let request = hyper::Request::post(format!("{path}?fieldValidation=Strict{parameters}"))
         .header(hyper::header::CONTENT_TYPE, "application/json")
         .body(manifest.to_string().into_bytes())

@@ -6,6 +6,7 @@ mod api_faults;
 mod crashes;
 mod kills;
 mod leases;
+mod policies;
 mod storage;
 
 use anyhow::Result;

@@ -52,11 +52,13 @@ async fn the_agent_is_granted_exactly_what_it_uses() -> Result<()> {
         }
     }
     let expected = [
-        "ClusterRole backup.sts-backup.io/statefulsetbackups get,list,watch,patch",
-        "ClusterRole backup.sts-backup.io/statefulsetbackups/status patch",
+        "ClusterRole backup.sts-backup.io/statefulsetbackups get,list,watch,create,patch,delete",
+        "ClusterRole backup.sts-backup.io/statefulsetbackuppolicies list,watch",
+        "ClusterRole backup.sts-backup.io/statefulsetbackups/status,statefulsetbackuppolicies/status patch",
         "ClusterRole apps/statefulsets get,list,watch",
         "ClusterRole /pods,persistentvolumeclaims get,list",
         "ClusterRole /persistentvolumes get",
+        "ClusterRole /namespaces get,list,watch",
         "ClusterRole /pods/exec get,create",
         "ClusterRole snapshot.storage.k8s.io/volumesnapshots get,list,watch,create,delete",
         "ClusterRole snapshot.storage.k8s.io/volumesnapshotcontents get",

@@ -17,6 +17,7 @@ mod crashes;
 mod faults;
 mod hooks;
 mod plugin;
+mod policies;
 mod proxy;
 mod snapshots;
 mod topology;
