@@ -105,7 +105,10 @@ fn alerts_speak_of_metrics_that_the_docs_list() {
         let metrics: Vec<&str> = names.filter(|name| !WORDS.contains(name)).collect();
         assert!(!metrics.is_empty(), "{alert} speaks of no metric");
         for metric in metrics {
-            assert!(listed.contains(metric), "{alert} speaks of {metric}, which docs/metrics.md does not list");
+            assert!(
+                listed.contains(metric),
+                "{alert} speaks of {metric}, which docs/metrics.md does not list"
+            );
         }
     }
 }
@@ -138,6 +141,9 @@ fn reason(argument: &str) -> Option<String> {
 fn docs_list_exactly_the_events_that_are_published() {
     let mut published = BTreeSet::new();
     reasons_in(&Path::new(env!("CARGO_MANIFEST_DIR")).join("src"), &mut published);
-    assert!(published.contains("BackupStarted") && published.contains("NamespaceNotGranted"), "{published:?}");
+    assert!(
+        published.contains("BackupStarted") && published.contains("NamespaceNotGranted"),
+        "{published:?}"
+    );
     assert_eq!(first_column(&read("docs/events.md")), published);
 }

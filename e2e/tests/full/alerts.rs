@@ -82,10 +82,7 @@ const CASES: [Case; 24] = [
     ),
     (
         "a backup without a schedule has no success",
-        &[
-            ("last_successful_timestamp_seconds", "a", "0x600"),
-            ("expected_interval_seconds", "a", "_x600"),
-        ],
+        &[("last_successful_timestamp_seconds", "a", "0x600"), ("expected_interval_seconds", "a", "_x600")],
         &[],
     ),
     ("the last run failed", &[("last_status", "a", "1x590 0x9")], &["StsBackupFailed"]),
