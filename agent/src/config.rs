@@ -38,6 +38,17 @@ pub struct Config {
     pub shutdown: Duration,
     /// How many objects each controller works on at once.
     pub concurrent_reconciles: u16,
+    /// How much of the storage the backups may take at once.
+    pub limits: Limits,
+}
+
+/// The most snapshots that may be under way, each from its order until it is ready; at least 1.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// In the cluster.
+    pub cluster: usize,
+    /// Of each CSI driver.
+    pub driver: usize,
 }
 
 /// The lease that the replicas share; `retry` < `renew_deadline` < `duration`.
@@ -98,6 +109,20 @@ pub struct Flags {
     #[arg(long, value_name = "NUMBER")]
     #[serde(skip_serializing_if = "Option::is_none")]
     concurrent_reconciles: Option<i64>,
+    #[command(flatten)]
+    limits: LimitFlags,
+}
+
+#[derive(Clone, Debug, Default, Serialize, clap::Args)]
+struct LimitFlags {
+    /// Number of snapshots that may be under way in the cluster [default: 500]
+    #[arg(long = "limits-snapshots", value_name = "NUMBER")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    snapshots: Option<i64>,
+    /// Number of snapshots that may be under way of each CSI driver [default: 100]
+    #[arg(long = "limits-snapshots-per-driver", value_name = "NUMBER")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    snapshots_per_driver: Option<i64>,
 }
 
 #[derive(Clone, Debug, Default, Serialize, clap::Args)]
@@ -168,6 +193,14 @@ struct Written {
     shutdown_seconds: i64,
     concurrent_reconciles: i64,
     lease: WrittenLease,
+    limits: WrittenLimits,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct WrittenLimits {
+    snapshots: i64,
+    snapshots_per_driver: i64,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -197,6 +230,7 @@ impl Written {
                 renew_deadline_seconds: 10,
                 retry_seconds: 2,
             },
+            limits: WrittenLimits { snapshots: 500, snapshots_per_driver: 100 },
         }
     }
 }
@@ -230,8 +264,18 @@ impl Config {
     /// Never: strings, numbers and one table are always TOML.
     #[must_use]
     pub fn to_toml(&self) -> String {
-        let Self { listen, namespace, identity, log_format, log, lease, shutdown, concurrent_reconciles } =
-            self;
+        let Self {
+            listen,
+            namespace,
+            identity,
+            log_format,
+            log,
+            lease,
+            shutdown,
+            concurrent_reconciles,
+            limits,
+        } = self;
+        let number = |number: usize| i64::try_from(number).unwrap_or(i64::MAX);
         let LeaseConfig { name, duration, renew_deadline, retry } = lease;
         let whole = |span: &Duration| i64::try_from(span.as_secs()).unwrap_or(i64::MAX);
         let written = Written {
@@ -247,6 +291,10 @@ impl Config {
                 duration_seconds: whole(duration),
                 renew_deadline_seconds: whole(renew_deadline),
                 retry_seconds: whole(retry),
+            },
+            limits: WrittenLimits {
+                snapshots: number(limits.cluster),
+                snapshots_per_driver: number(limits.driver),
             },
         };
         toml::to_string(&written).expect("strings, numbers and one table are always TOML")
@@ -269,6 +317,7 @@ impl Checks<'_> {
             shutdown_seconds,
             concurrent_reconciles,
             lease,
+            limits,
         } = written;
         let listen = listen.parse().map_err(|_| {
             let remedy = "write them as 0.0.0.0:9090 or [::]:9090; a host name is not looked up";
@@ -296,7 +345,16 @@ impl Checks<'_> {
             lease: self.lease(lease)?,
             shutdown: self.seconds("shutdown_seconds", shutdown_seconds)?,
             concurrent_reconciles: u16::try_from(concurrent).expect("at most 1000"),
+            limits: Limits {
+                cluster: self.number("limits.snapshots", limits.snapshots)?,
+                driver: self.number("limits.snapshots_per_driver", limits.snapshots_per_driver)?,
+            },
         })
+    }
+
+    /// A number that is no limit when it is large.
+    fn number(&self, key: &'static str, value: i64) -> Result<usize, ConfigError> {
+        self.within(key, value, 1..=1_000_000).map(|value| usize::try_from(value).unwrap_or(usize::MAX))
     }
 
     fn lease(&self, written: WrittenLease) -> Result<LeaseConfig, ConfigError> {

@@ -87,6 +87,12 @@ impl Slot {
     pub fn schedule(at: Timestamp) -> Self {
         Self { due: Due::Schedule, value: at.to_string(), attempt: 1 }
     }
+
+    /// The scheduled time that the run is due to.
+    #[must_use]
+    pub fn scheduled(&self) -> Option<Timestamp> {
+        self.value.parse().ok().filter(|_| self.due == Due::Schedule)
+    }
 }
 
 /// The kinds of occasions for a run.

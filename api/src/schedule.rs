@@ -67,7 +67,7 @@ pub enum ScheduleError {
 ///
 /// # Errors
 ///
-/// When it names no zone of the IANA database. `Local` is none, as in a CronJob.
+/// When it names no zone of the IANA database. `Local` is none, as in a `CronJob`.
 pub fn time_zone(name: Option<&str>) -> Result<TimeZone, ScheduleError> {
     let Some(name) = name.filter(|name| !name.is_empty()) else {
         return Ok(TimeZone::UTC);
@@ -153,7 +153,8 @@ impl Timetable {
         }))
     }
 
-    /// What has come due after the slot `since` until `now`, both as time goes: what is due exactly `now` has come due.
+    /// What has come due after `since` until `now`: the slot `since` is done, and what is due exactly `now` has come due.
+    /// Before the first run, `since` is when the object was created.
     #[must_use]
     pub fn look(&self, since: Timestamp, now: Timestamp) -> Look {
         let since = since.as_second();

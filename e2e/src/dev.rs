@@ -27,16 +27,13 @@ pub async fn run_agent(cluster: &str, arguments: &[String]) -> Result<ExitStatus
     namespaces.patch(NAMESPACE, &how, &Patch::Apply(namespace)).await.context("make the namespace")?;
     apply_crds(&cluster).await?;
 
-    let deployments = Agent::shared(&cluster).deployments();
-    let installed = deployments.get_opt(RELEASE).await.context("look for an installed agent")?;
-    let replicas = installed.and_then(|installed| installed.spec?.replicas).filter(|replicas| *replicas > 0);
-    let scale = async |replicas: i32| {
-        let wanted = Patch::Merge(json!({ "spec": { "replicas": replicas } }));
-        deployments.patch_scale(RELEASE, &PatchParams::default(), &wanted).await
-    };
+    let installed = Agent::shared(&cluster);
+    let deployment = installed.deployments().get_opt(RELEASE).await.context("look for an installed agent")?;
+    let replicas =
+        deployment.and_then(|deployment| deployment.spec?.replicas).filter(|replicas| *replicas > 0);
     if let Some(replicas) = replicas {
         eprintln!("  · the {replicas} installed agents rest until this one ends");
-        scale(0).await.context("scale the installed agent down")?;
+        installed.scale(0).await?;
     }
 
     // Heard here so that the interrupt, which the agent gets too, does not end us before it.
@@ -57,8 +54,8 @@ pub async fn run_agent(cluster: &str, arguments: &[String]) -> Result<ExitStatus
     };
     let status = ended.await;
     if let Some(replicas) = replicas {
-        let restored = scale(replicas).await;
-        restored.context("scale the installed agent up again: cargo e2e up does it as well")?;
+        let restored = installed.scale(replicas).await;
+        restored.context("the installed agent still rests: cargo e2e up brings it back as well")?;
     }
     status
 }

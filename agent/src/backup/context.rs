@@ -1,6 +1,7 @@
 //! What the controller works with in this process, and what only this process knows: running hooks, and which backup
 //! has a run of which `StatefulSet`. Everything else is in the cluster.
 
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use dashmap::DashMap;
@@ -11,12 +12,14 @@ use kube::runtime::events::Reporter;
 use kube::runtime::reflector::{ObjectRef, Store};
 use kube::{Api, Client, Resource, ResourceExt};
 use sts_backup_api::backup::StatefulSetBackup;
+use sts_backup_api::run::CurrentRun;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{debug, warn};
 
 use super::metrics::BackupMetrics;
+use super::queue::Queue;
 use super::status::Note;
 use crate::lease::Leadership;
 use crate::{clock, telemetry};
@@ -45,6 +48,8 @@ pub(super) struct Context {
     pub(super) tasks: TaskTracker,
     /// The backup that has a run of each `StatefulSet`: the thaw of another one would end its freeze.
     pub(super) busy: DashMap<SetName, ObjectRef<StatefulSetBackup>>,
+    /// How much may be under way at once.
+    pub(super) queue: Mutex<Queue<ObjectRef<StatefulSetBackup>>>,
     pub(super) backups: Store<StatefulSetBackup>,
     /// Asks for a reconciliation.
     pub(super) wake: mpsc::UnboundedSender<ObjectRef<StatefulSetBackup>>,
@@ -72,9 +77,22 @@ impl Context {
         Err(holder.name.clone())
     }
 
-    /// Lets another backup run, and tells those that may wait for it.
+    /// Lets a run freeze, or says what it waits for.
+    pub(super) fn admit(&self, backup: &StatefulSetBackup, run: &CurrentRun) -> Result<(), String> {
+        self.queue().enter(&ObjectRef::from_obj(backup), run)
+    }
+
+    /// The queue; no task that holds it can fail in between.
+    pub(super) fn queue(&self) -> MutexGuard<'_, Queue<ObjectRef<StatefulSetBackup>>> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A run is over, or its object is gone: lets others run, and tells those that may wait for it.
     pub(super) fn vacate(&self, backup: &StatefulSetBackup) {
         let (own, set) = (ObjectRef::from_obj(backup), set_name(backup));
+        for waiting in self.queue().leave(&own) {
+            let _ = self.wake.send(waiting);
+        }
         if self.busy.remove_if(&set, |_, holder| *holder == own).is_none() {
             return;
         }

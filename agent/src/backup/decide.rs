@@ -5,21 +5,28 @@
 //! in which a preBackupHook may have started is owed a thaw until it had one or is gone, and a preBackupHook is
 //! never started by a second frozen section of the same run.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime;
+use kube::ResourceExt;
 use sts_backup_api::backup::{Hook, OnError};
-use sts_backup_api::conditions::{DELETED, INTERRUPTED, STATEFUL_SET_NOT_FOUND};
-use sts_backup_api::points::{is_cut, is_ready};
+use sts_backup_api::conditions::{DELETED, INTERRUPTED, NAMESPACE_NOT_GRANTED, STATEFUL_SET_NOT_FOUND};
+use sts_backup_api::names::RUN_LABEL;
+use sts_backup_api::points::{is_cut, is_in_use, is_ready, recovery_points};
 use sts_backup_api::run::{
-    CurrentRun, Failure, RunId, RunPod, RunRecord, RunResult, RunStep, RunVolume, Slot, SnapshotState,
-    ThawState, request_key,
+    CurrentRun, Failure, RecoveryPoint, RunId, RunPod, RunRecord, RunResult, RunStep, RunVolume, Slot,
+    SnapshotState, ThawState,
 };
+use sts_backup_api::schedule::time_zone;
 use sts_backup_api::snapshot::VolumeSnapshot;
 
+use super::due::{Due, Missed, due, overlapped, requested};
 use super::observe::{BackupFacts, Target};
 use super::preflight::{Problem, may_heal, plan};
+use super::retention::judge;
+use super::status::not_granted;
 use crate::hooks::Outcome;
 
 /// How long a run waits for a `StatefulSet` that is still starting, as when both were created together.
@@ -39,8 +46,14 @@ pub(super) enum BackupStep {
     AddFinalizer,
     /// Let the object go.
     RemoveFinalizer,
-    /// Write down a run that is due; nothing is touched yet.
-    Begin(CurrentRun),
+    /// Write down a run that is due, and the scheduled times before it that were missed; nothing is touched yet.
+    Begin { run: CurrentRun, missed: i64 },
+    /// Write down that scheduled times have passed without a run.
+    Skip { missed: Missed, why: Skipped },
+    /// Write down that a request is not honoured: the backup is suspended.
+    RefuseRequest,
+    /// Delete recovery points that no rule keeps.
+    Prune(Vec<Pruned>),
     /// Write down what is owed to the pods, then freeze, cut and thaw.
     Freeze(CurrentRun),
     /// Write down how far the run is.
@@ -61,27 +74,57 @@ pub(super) enum BackupStep {
     Idle(Idle),
 }
 
+/// Why scheduled times passed without a run.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Skipped {
+    /// Nobody was there in time.
+    TooLate,
+    /// This run was still under way.
+    Overlap(RunId),
+}
+
+/// A recovery point that goes, as a whole.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Pruned {
+    pub(super) point: RunId,
+    /// Why nothing keeps it.
+    pub(super) why: String,
+    pub(super) snapshots: Vec<Doomed>,
+}
+
+/// A snapshot that goes, if it is still as it was when that was decided.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Doomed {
+    pub(super) name: String,
+    pub(super) uid: Option<String>,
+    pub(super) resource_version: Option<String>,
+}
+
 /// What a run waits for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Wait {
     /// Another backup has a run of the same `StatefulSet`.
     Queued { behind: String },
+    /// Too many snapshots are under way.
+    NoRoom { limit: String },
     /// The frozen section is under way.
     Section,
     /// The `StatefulSet` is starting.
     StatefulSet { missing: String },
     /// A thaw failed, or must be repeated.
     Thaw,
-    /// Snapshots are becoming ready.
-    Snapshots,
+    /// Snapshots are becoming ready; what the storage says of those where it failed.
+    Snapshots { trouble: Option<String> },
 }
 
 /// Why no run is due.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Idle {
     NothingDue,
     NotGranted,
     NoStatefulSet,
+    Suspended,
+    InvalidSchedule(String),
 }
 
 /// The next step of a backup.
@@ -94,6 +137,13 @@ pub(super) fn next_backup_step(facts: &BackupFacts, now: Timestamp) -> BackupSte
         };
     }
     let Some(run) = &facts.status.current_run else { return without_run(facts, now) };
+    // Not while a thaw may be owed: nothing comes before that.
+    if matches!(run.step, RunStep::Preflight | RunStep::Readying | RunStep::CleaningUp) && !facts.deleting {
+        let missed = overlapped(facts, now);
+        if missed.latest.is_some() {
+            return BackupStep::Skip { missed, why: Skipped::Overlap(run.id.clone()) };
+        }
+    }
     match run.step {
         RunStep::Preflight => after_preflight(facts, run, now),
         RunStep::Frozen => after_interruption(facts, run),
@@ -113,19 +163,68 @@ fn without_run(facts: &BackupFacts, now: Timestamp) -> BackupStep {
         return idle(Idle::NothingDue);
     }
     match facts.target {
-        Target::Elsewhere => return idle(Idle::NotGranted),
+        Target::NotGranted => return idle(Idle::NotGranted),
         Target::Missing => return idle(Idle::NoStatefulSet),
         Target::Unread | Target::Exists | Target::Read(_) => {}
     }
-    match due_slot(facts) {
-        None => idle(Idle::NothingDue),
-        Some(slot) => match &facts.busy_with {
+    let Due { slot, missed } = match due(facts, now) {
+        Ok(due) => due,
+        Err(err) => return idle(Idle::InvalidSchedule(err.to_string())),
+    };
+    if facts.spec.suspend {
+        let refused = requested(facts).is_some();
+        return if refused { BackupStep::RefuseRequest } else { idle(Idle::Suspended) };
+    }
+    if let Some(slot) = slot {
+        return match &facts.busy_with {
             // Its thaw would end our freeze.
             Some(other) => BackupStep::Wait { why: Wait::Queued { behind: other.clone() }, until: None },
-            None if facts.has_finalizer => BackupStep::Begin(new_run(&facts.uid, slot, now)),
+            None if facts.has_finalizer => {
+                BackupStep::Begin { run: new_run(&facts.uid, slot, now), missed: missed.count }
+            }
             None => BackupStep::AddFinalizer,
-        },
+        };
     }
+    if missed.latest.is_some() {
+        return BackupStep::Skip { missed, why: Skipped::TooLate };
+    }
+    let pruned = pruned(facts, now);
+    if pruned.is_empty() { idle(Idle::NothingDue) } else { BackupStep::Prune(pruned) }
+}
+
+/// The recovery points that go.
+fn pruned(facts: &BackupFacts, now: Timestamp) -> Vec<Pruned> {
+    let (Some(snapshots), Ok(zone)) = (&facts.snapshots, time_zone(facts.spec.time_zone.as_deref())) else {
+        return Vec::new();
+    };
+    let points = points_of(snapshots, &facts.status.history);
+    let in_use = snapshots.iter().filter(|snapshot| is_in_use(snapshot));
+    let in_use: BTreeSet<_> =
+        in_use.filter_map(|snapshot| Some(RunId::from(snapshot.labels().get(RUN_LABEL)?.clone()))).collect();
+    let verdicts = judge(facts.spec.retention_policy.as_ref(), &zone, &points, &in_use, now);
+    let goes = points.iter().zip(verdicts).filter(|(_, verdict)| !verdict.keep);
+    let pruned = goes.map(|(point, verdict)| {
+        let members = facts.snapshots_of(&point.id);
+        let members = members.iter().filter(|(_, snapshot)| snapshot.metadata.deletion_timestamp.is_none());
+        let doomed = members.map(|(name, snapshot)| Doomed {
+            name: (*name).to_owned(),
+            uid: snapshot.uid(),
+            resource_version: snapshot.resource_version(),
+        });
+        Pruned { point: point.id.clone(), why: verdict.why.to_string(), snapshots: doomed.collect() }
+    });
+    pruned.collect()
+}
+
+/// The points that snapshots amount to. A snapshot that was created for a run just before its agent died can appear
+/// after the clean-up: it does not make the point of a failed run complete.
+pub(super) fn points_of(snapshots: &[VolumeSnapshot], history: &[RunRecord]) -> Vec<RecoveryPoint> {
+    let mut points = recovery_points(snapshots);
+    for point in &mut points {
+        let failed = history.iter().any(|run| run.id == point.id && run.result == RunResult::Failed);
+        point.complete &= !failed;
+    }
+    points
 }
 
 /// An API server can carry out a request long after it was given up, or after the agent that sent it has died. Such a
@@ -139,22 +238,6 @@ fn late_snapshots(facts: &BackupFacts) -> Vec<String> {
         (is_cut(snapshot) || failed) && snapshot.metadata.deletion_timestamp.is_none()
     };
     snapshots.filter(|(_, snapshot)| is_over(snapshot)).map(|(name, _)| name.to_owned()).collect()
-}
-
-/// The occasion that a run is due to. A request on a new object also counts as the run at its creation.
-fn due_slot(facts: &BackupFacts) -> Option<Slot> {
-    let status = &facts.status;
-    if let Some(request) = &facts.request
-        && status.last_request != Some(request_key(request))
-    {
-        return Some(Slot::request(request));
-    }
-    match status.history.first() {
-        // The original wrote this time for its own run at creation.
-        None if status.last_backup_time.is_some() => None,
-        None => Some(Slot::creation(facts.created)),
-        Some(last) => last.next_attempt(),
-    }
 }
 
 /// A run of which nothing is decided yet.
@@ -183,7 +266,8 @@ fn after_preflight(facts: &BackupFacts, run: &CurrentRun, now: Timestamp) -> Bac
     }
     let target = match &facts.target {
         Target::Read(target) => target,
-        Target::Elsewhere | Target::Missing | Target::Unread | Target::Exists => {
+        Target::NotGranted => return fail(run, NAMESPACE_NOT_GRANTED, &not_granted(facts)),
+        Target::Missing | Target::Unread | Target::Exists => {
             let message =
                 format!("StatefulSet {} does not exist: nothing was snapshotted", facts.target_name());
             return fail(run, STATEFUL_SET_NOT_FOUND, &message);
@@ -264,25 +348,32 @@ fn until_ready(facts: &BackupFacts, run: &CurrentRun, now: Timestamp) -> BackupS
     }
     let cut_at = run.cut_at.as_ref().unwrap_or(&run.started).0;
     let deadline = later(cut_at, facts.spec.snapshot_timeout());
+    let error_of = |volume: &RunVolume| trouble_of(snapshots.get(volume.snapshot.as_str())?);
     if now < deadline {
         let unchanged = facts.status.current_run.as_ref() == Some(&run);
         return if unchanged {
-            BackupStep::Wait { why: Wait::Snapshots, until: Some(deadline) }
+            let errors: Vec<_> = unready.iter().filter_map(|volume| error_of(volume)).collect();
+            let trouble = (!errors.is_empty()).then(|| brief(&errors.join("; ")));
+            BackupStep::Wait { why: Wait::Snapshots { trouble }, until: Some(deadline) }
         } else {
             BackupStep::Record(run)
         };
     }
-    let told = unready.iter().map(|volume| {
-        let status = snapshots.get(volume.snapshot.as_str()).and_then(|snapshot| snapshot.status.as_ref());
-        let error = status.and_then(|status| status.error.as_ref()?.message.as_deref());
-        format!("{}: {}", volume.snapshot, error.unwrap_or("no error reported"))
-    });
+    let told = unready
+        .iter()
+        .map(|volume| error_of(volume).unwrap_or_else(|| format!("{}: no error reported", volume.snapshot)));
     let message = format!(
         "not ready within snapshotTimeoutSeconds ({}): {}",
         facts.spec.snapshot_timeout_seconds,
         told.collect::<Vec<_>>().join("; ")
     );
     fail(&run, "SnapshotNotReady", &message)
+}
+
+/// What the storage says went wrong with a snapshot, with its name.
+pub(super) fn trouble_of(snapshot: &VolumeSnapshot) -> Option<String> {
+    let error = snapshot.status.as_ref()?.error.as_ref()?;
+    Some(format!("{}: {}", snapshot.name_any(), error.message.as_deref().unwrap_or("no message")))
 }
 
 /// Removes every snapshot that was not ready when the run failed: an unready one holds its claim, and one that

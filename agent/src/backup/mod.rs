@@ -5,11 +5,13 @@
 
 mod context;
 mod decide;
+mod due;
 pub(crate) mod error;
 mod metrics;
 pub(crate) mod observe;
 mod perform;
 pub(crate) mod preflight;
+mod queue;
 pub(crate) mod retention;
 mod section;
 mod snapshot;
@@ -20,7 +22,7 @@ mod tests;
 mod triggers;
 
 use std::future::ready;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use dashmap::DashMap;
@@ -44,14 +46,15 @@ use tokio_util::task::TaskTracker;
 use tracing::{debug, error, info, warn};
 
 use self::context::{Context, set_name};
-use self::decide::{BackupStep, next_backup_step};
+use self::decide::{BackupStep, Wait, next_backup_step};
 use self::error::{Error, Result};
 use self::metrics::BackupMetrics;
 use self::observe::{BackupFacts, observe};
+use self::queue::Queue;
 use self::section::Section;
-use self::status::{next_status, note};
+use self::status::{damaged, next_status, note};
 use self::tasks::spawn_section;
-use self::triggers::{snapshot_changes, stateful_set_changes};
+use self::triggers::{grant_changes, snapshot_changes, stateful_set_changes};
 use crate::{app, clock, telemetry};
 
 /// How long one look at a backup may take before it is given up and tried again.
@@ -78,6 +81,7 @@ pub(crate) async fn run(app: app::Context, stop: CancellationToken) {
         sections: DashMap::new(),
         tasks: TaskTracker::new(),
         busy: DashMap::new(),
+        queue: Mutex::new(Queue::new(config.limits)),
         backups: store.clone(),
         wake,
         failures: DashMap::new(),
@@ -87,7 +91,8 @@ pub(crate) async fn run(app: app::Context, stop: CancellationToken) {
         controller
             .with_config(ControllerConfig::default().concurrency(config.concurrent_reconciles))
             .reconcile_on(snapshot_changes(client.clone()))
-            .reconcile_on(stateful_set_changes(client, store))
+            .reconcile_on(stateful_set_changes(client.clone(), store.clone()))
+            .reconcile_on(grant_changes(client, store))
             .reconcile_on(UnboundedReceiverStream::new(woken))
             .graceful_shutdown_on(stop.cancelled_owned())
             .run(reconcile, error_policy, Arc::clone(&cx))
@@ -121,10 +126,15 @@ async fn resume(cx: &Arc<Context>, backups: &Api<StatefulSetBackup>) {
             }
         }
     };
-    let step = |backup: &StatefulSetBackup| Some(backup.status.as_ref()?.current_run.as_ref()?.step);
+    let run = |backup: &StatefulSetBackup| backup.status.as_ref()?.current_run.clone();
+    let step = |backup: &StatefulSetBackup| run(backup).map(|run| run.step);
     let under_way = found.items.iter().filter(|backup| step(backup).is_some());
     for backup in under_way.clone() {
-        cx.busy.insert(set_name(backup), ObjectRef::from_obj(backup));
+        let own = ObjectRef::from_obj(backup);
+        cx.busy.insert(set_name(backup), own.clone());
+        if let Some(run) = run(backup).filter(|run| run.step > RunStep::Preflight) {
+            cx.queue().resume(own, &run);
+        }
     }
     let may_be_frozen =
         under_way.filter(|backup| matches!(step(backup), Some(RunStep::Frozen | RunStep::Thawing)));
@@ -156,6 +166,7 @@ async fn next_steps(cached: &StatefulSetBackup, cx: &Arc<Context>) -> Result<Act
     }
     // The cache may lag behind our own writes, and a decision on old facts is a wrong one.
     let Some(mut backup) = perform::refreshed(&cx.client, cached).await? else {
+        cx.vacate(cached);
         return Ok(Action::await_change());
     };
     loop {
@@ -179,7 +190,7 @@ async fn next_steps(cached: &StatefulSetBackup, cx: &Arc<Context>) -> Result<Act
                     return Ok(Action::await_change());
                 }
             }
-            BackupStep::Begin(_) => {
+            BackupStep::Begin { .. } => {
                 if cx.occupy(&backup).is_err() {
                     // Somebody was faster: the next look says so.
                     continue;
@@ -187,7 +198,7 @@ async fn next_steps(cached: &StatefulSetBackup, cx: &Arc<Context>) -> Result<Act
                 backup = write(cx, &backup, &facts, &step, now).await?;
                 crash_point!("after-begin");
             }
-            BackupStep::Record(_) => {
+            BackupStep::Record(_) | BackupStep::Skip { .. } | BackupStep::RefuseRequest => {
                 backup = write(cx, &backup, &facts, &step, now).await?;
                 crash_point!("after-record");
             }
@@ -197,23 +208,36 @@ async fn next_steps(cached: &StatefulSetBackup, cx: &Arc<Context>) -> Result<Act
                 crash_point!("after-finish");
             }
             BackupStep::CleanUp { doomed, .. } => {
-                perform::delete_snapshots(&cx.client, &facts.namespace, doomed).await?;
+                perform::delete_snapshots(&cx.client, facts.target_namespace(), doomed).await?;
                 crash_point!("after-clean-up");
                 backup = write(cx, &backup, &facts, &step, now).await?;
             }
             BackupStep::DeleteLate(late) => {
-                perform::delete_snapshots(&cx.client, &facts.namespace, late).await?;
+                perform::delete_snapshots(&cx.client, facts.target_namespace(), late).await?;
                 warn!(snapshots = late.len(), "snapshots that came after their run had failed are deleted");
             }
+            BackupStep::Prune(points) => {
+                for point in points {
+                    crash_point!("before-prune");
+                    perform::prune(&cx.client, facts.target_namespace(), &point.snapshots).await?;
+                    info!(point = %point.point, why = point.why, "recovery point pruned");
+                    cx.publish(&backup, status::pruned(point));
+                }
+            }
             BackupStep::Freeze(run) => {
-                let claims = snapshot::claim_manifests(&cx.client, &facts.namespace, run).await?;
+                if let Err(limit) = cx.admit(&backup, run) {
+                    let step = BackupStep::Wait { why: Wait::NoRoom { limit }, until: None };
+                    let written = write(cx, &backup, &facts, &step, now).await?;
+                    return Ok(wake(&written, None, now));
+                }
+                let claims = snapshot::claim_manifests(&cx.client, facts.target_namespace(), run).await?;
                 // Reading may have taken long, and the freeze counts from its record.
                 let now = clock::now();
                 let step = next_backup_step(&facts, now);
                 let BackupStep::Freeze(run) = &step else { continue };
                 backup = write(cx, &backup, &facts, &step, now).await?;
                 crash_point!("after-duty");
-                let (namespace, run) = (facts.namespace.clone(), run.clone());
+                let (namespace, run) = (facts.target_namespace().to_owned(), run.clone());
                 spawn_section(cx, backup, move |cx, backup, cancel| async move {
                     Section { cx, backup, namespace, claims, cancel }.run(run).await
                 });
@@ -221,7 +245,7 @@ async fn next_steps(cached: &StatefulSetBackup, cx: &Arc<Context>) -> Result<Act
             }
             BackupStep::Thaw(pods) => {
                 let Some(run) = facts.status.current_run.clone() else { return Ok(Action::await_change()) };
-                let (namespace, pods) = (facts.namespace.clone(), pods.clone());
+                let (namespace, pods) = (facts.target_namespace().to_owned(), pods.clone());
                 spawn_section(cx, backup, move |cx, backup, _cancel| async move {
                     let newer = backup.spec.post_backup_hook.as_ref();
                     perform::thaw(&cx.exec, &namespace, &run, &pods, newer).await
@@ -235,19 +259,23 @@ async fn next_steps(cached: &StatefulSetBackup, cx: &Arc<Context>) -> Result<Act
                 return Ok(Action::await_change());
             }
             BackupStep::Wait { until, .. } => {
-                write(cx, &backup, &facts, &step, now).await?;
-                return Ok(until.map_or_else(resync, |until| Action::requeue(from_to(now, until))));
+                let written = write(cx, &backup, &facts, &step, now).await?;
+                return Ok(wake(&written, *until, now));
             }
             BackupStep::Idle(_) => {
-                write(cx, &backup, &facts, &step, now).await?;
-                return Ok(resync());
+                let written = write(cx, &backup, &facts, &step, now).await?;
+                return Ok(wake(&written, None, now));
             }
         }
     }
 }
 
-fn resync() -> Action {
-    Action::requeue(jittered(RESYNC))
+/// Looks again when the next scheduled run begins, or at `until`, and at the latest when nothing has happened for long.
+fn wake(backup: &StatefulSetBackup, until: Option<Timestamp>, now: Timestamp) -> Action {
+    let next =
+        backup.status.as_ref().and_then(|status| status.next_schedule_time.as_ref()).map(|next| next.0);
+    let pauses = [next, until].into_iter().flatten().map(|until| from_to(now, until));
+    Action::requeue(pauses.fold(jittered(RESYNC), Duration::min))
 }
 
 /// Objects that wait together must not come back together.
@@ -285,11 +313,11 @@ fn said(
     step: &BackupStep,
     status: &StatefulSetBackupStatus,
 ) {
-    if let Some(note) = note(facts, step) {
+    for note in note(facts, step).into_iter().chain(damaged(&facts.status, status)) {
         cx.publish(backup, note);
     }
     match step {
-        BackupStep::Begin(run) => {
+        BackupStep::Begin { run, missed: _ } => {
             cx.metrics.started(backup);
             info!(run = %run.id, "run started");
         }
@@ -308,6 +336,9 @@ fn said(
         | BackupStep::Thaw(_)
         | BackupStep::Cancel
         | BackupStep::DeleteLate(_)
+        | BackupStep::Skip { .. }
+        | BackupStep::RefuseRequest
+        | BackupStep::Prune(_)
         | BackupStep::Wait { .. }
         | BackupStep::Idle(_) => {}
     }

@@ -7,14 +7,14 @@ use std::collections::BTreeMap;
 use futures::{StreamExt, TryStreamExt, stream};
 use jiff::Timestamp;
 use k8s_openapi::api::apps::v1::StatefulSet;
-use k8s_openapi::api::core::v1::{PersistentVolume, PersistentVolumeClaim, Pod};
+use k8s_openapi::api::core::v1::{Namespace, PersistentVolume, PersistentVolumeClaim, Pod};
 use kube::api::ListParams;
 use kube::core::Selector;
 use kube::{Api, Client, ResourceExt};
 use sts_backup_api::backup::{StatefulSetBackup, StatefulSetBackupSpec, StatefulSetBackupStatus};
 use sts_backup_api::names::{
-    BACKUP_LABEL, BACKUP_NAMESPACE_LABEL, CLAIM_MANIFEST_ANNOTATION, REQUESTED_AT_ANNOTATION, RUN_FINALIZER,
-    RUN_LABEL,
+    ALLOW_BACKUP_FROM_ANNOTATION, BACKUP_LABEL, BACKUP_NAMESPACE_LABEL, CLAIM_MANIFEST_ANNOTATION,
+    REQUESTED_AT_ANNOTATION, RUN_FINALIZER, RUN_LABEL,
 };
 use sts_backup_api::run::{RunId, RunStep};
 use sts_backup_api::snapshot::{DEFAULT_CLASS_ANNOTATION, VolumeSnapshot, VolumeSnapshotClass};
@@ -62,10 +62,14 @@ impl BackupFacts {
         of_run
     }
 
+    /// The namespace of the `StatefulSet`, and so of its claims and their snapshots.
+    pub(super) fn target_namespace(&self) -> &str {
+        self.spec.stateful_set_ref.namespace_or(&self.namespace)
+    }
+
     /// `namespace/name` of the `StatefulSet`, for messages.
     pub(super) fn target_name(&self) -> String {
-        let target = &self.spec.stateful_set_ref;
-        format!("{}/{}", target.namespace_or(&self.namespace), target.name)
+        format!("{}/{}", self.target_namespace(), self.spec.stateful_set_ref.name)
     }
 }
 
@@ -74,8 +78,8 @@ impl BackupFacts {
 pub(crate) enum Target {
     /// It was not looked at.
     Unread,
-    /// It is in another namespace.
-    Elsewhere,
+    /// It is in another namespace, which does not let this one in.
+    NotGranted,
     /// It does not exist.
     Missing,
     /// It exists.
@@ -132,17 +136,18 @@ pub(super) async fn observe(
     let namespace = backup.namespace().expect("a StatefulSetBackup is namespaced");
     let spec = backup.spec.clone();
     let status = backup.status.clone().unwrap_or_default();
-    let is_elsewhere = spec.stateful_set_ref.namespace_or(&namespace) != namespace;
     let deleting = backup.metadata.deletion_timestamp.is_some();
     let step = status.current_run.as_ref().map(|run| run.step);
+    let home = spec.stateful_set_ref.namespace_or(&namespace);
 
     let set = &spec.stateful_set_ref.name;
     let target = async {
+        let is_granted = async || Ok(home == namespace || is_granted(client, home, &namespace).await?);
         match step {
-            _ if is_elsewhere => Ok(Target::Elsewhere),
             _ if deleting || in_section => Ok(Target::Unread),
-            None => find_target(client, &namespace, set).await,
-            Some(RunStep::Preflight) => read_target(client, &namespace, set).await,
+            None | Some(RunStep::Preflight) if !is_granted().await? => Ok(Target::NotGranted),
+            None => find_target(client, home, set).await,
+            Some(RunStep::Preflight) => read_target(client, home, set).await,
             Some(RunStep::Frozen | RunStep::Thawing | RunStep::Readying | RunStep::CleaningUp) => {
                 Ok(Target::Unread)
             }
@@ -152,9 +157,8 @@ pub(super) async fn observe(
         match step {
             // Nothing else may come between a frozen pod and its thaw.
             Some(RunStep::Frozen | RunStep::Thawing) => Ok(None),
-            _ if is_elsewhere => Ok(None),
             None | Some(RunStep::Preflight | RunStep::Readying | RunStep::CleaningUp) => {
-                list_snapshots(client, &namespace, &backup.name_any()).await.map(Some)
+                list_snapshots(client, home, (&namespace, &backup.name_any())).await.map(Some)
             }
         }
     };
@@ -176,9 +180,26 @@ pub(super) async fn observe(
     })
 }
 
-/// The snapshots that carry the labels of a backup.
-async fn list_snapshots(client: &Client, namespace: &str, backup: &str) -> Result<Vec<VolumeSnapshot>> {
-    let selector = format!("{BACKUP_LABEL}={backup},{BACKUP_NAMESPACE_LABEL}={namespace},{RUN_LABEL}");
+/// Whether a namespace lets the backups of another one in.
+async fn is_granted(client: &Client, namespace: &str, to: &str) -> Result<bool> {
+    let namespaces: Api<Namespace> = Api::all(client.clone());
+    let found = namespaces.get_metadata_opt(namespace).await.map_err(Error::request("get the Namespace"))?;
+    Ok(found.is_some_and(|found| is_granted_by(&found, to)))
+}
+
+/// Whether a namespace's annotation names another one.
+pub(super) fn is_granted_by<K: ResourceExt>(namespace: &K, to: &str) -> bool {
+    let granted = namespace.annotations().get(ALLOW_BACKUP_FROM_ANNOTATION);
+    granted.is_some_and(|granted| granted.split(',').any(|granted| granted.trim() == to))
+}
+
+/// The snapshots in a namespace that carry the labels of a backup, which may be of another one.
+async fn list_snapshots(
+    client: &Client,
+    namespace: &str,
+    (backup_namespace, backup): (&str, &str),
+) -> Result<Vec<VolumeSnapshot>> {
+    let selector = format!("{BACKUP_LABEL}={backup},{BACKUP_NAMESPACE_LABEL}={backup_namespace},{RUN_LABEL}");
     let snapshots: Api<VolumeSnapshot> = Api::namespaced(client.clone(), namespace);
     let listed = snapshots.list(&ListParams::default().labels(&selector)).await;
     let mut listed = listed.map_err(Error::request("list the VolumeSnapshots"))?.items;

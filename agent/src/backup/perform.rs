@@ -2,10 +2,11 @@
 
 use std::time::Duration;
 
-use futures::future::{join_all, try_join_all};
+use futures::future::join_all;
+use futures::{StreamExt, TryStreamExt, stream};
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::Pod;
-use kube::api::{DeleteParams, Patch, PatchParams};
+use kube::api::{DeleteParams, Patch, PatchParams, Preconditions};
 use kube::{Api, Client, ResourceExt};
 use serde_json::json;
 use sts_backup_api::backup::{Hook, StatefulSetBackup, StatefulSetBackupStatus};
@@ -14,7 +15,7 @@ use sts_backup_api::run::{CurrentRun, RunPod};
 use sts_backup_api::snapshot::VolumeSnapshot;
 use tokio::time::timeout;
 
-use super::decide::{START_WITHIN, ThawAttempt, after_thaw, later};
+use super::decide::{Doomed, START_WITHIN, ThawAttempt, after_thaw, later};
 use super::error::{Error, Result};
 use crate::clock;
 use crate::hooks::{self, Command, Outcome};
@@ -140,18 +141,31 @@ async fn is_gone(client: &Client, namespace: &str, pod: &RunPod, since: Timestam
     (found.uid().as_deref() != Some(&pod.uid) && came_later) || matches!(phase, Some("Succeeded" | "Failed"))
 }
 
+/// How many snapshots are deleted at once.
+const PARALLEL_DELETIONS: usize = 16;
+
+/// Deletes snapshots that are as they were when that was decided; those that are gone are done.
+pub(super) async fn prune(client: &Client, namespace: &str, doomed: &[Doomed]) -> Result<()> {
+    let snapshots: Api<VolumeSnapshot> = Api::namespaced(client.clone(), namespace);
+    let delete = async |Doomed { name, uid, resource_version }: &Doomed| {
+        let preconditions = Preconditions { uid: uid.clone(), resource_version: resource_version.clone() };
+        let params = DeleteParams { preconditions: Some(preconditions), ..DeleteParams::background() };
+        done(snapshots.delete(name, &params).await)
+    };
+    stream::iter(doomed).map(delete).buffer_unordered(PARALLEL_DELETIONS).try_collect().await
+}
+
+fn done<T>(deleted: kube::Result<T>) -> Result<()> {
+    match deleted.map_err(Error::request("delete the VolumeSnapshot")) {
+        Err(err) if !err.is_not_found() => Err(err),
+        Ok(_) | Err(_) => Ok(()),
+    }
+}
+
 /// Deletes snapshots; those that are gone are done.
 pub(super) async fn delete_snapshots(client: &Client, namespace: &str, names: &[String]) -> Result<()> {
     let snapshots: Api<VolumeSnapshot> = Api::namespaced(client.clone(), namespace);
     let params = DeleteParams::background();
-    let delete = async |name: &String| match snapshots
-        .delete(name, &params)
-        .await
-        .map_err(Error::request("delete the VolumeSnapshot"))
-    {
-        Err(err) if !err.is_not_found() => Err(err),
-        Ok(_) | Err(_) => Ok(()),
-    };
-    try_join_all(names.iter().map(delete)).await?;
-    Ok(())
+    let delete = async |name: &String| done(snapshots.delete(name, &params).await);
+    stream::iter(names).map(delete).buffer_unordered(PARALLEL_DELETIONS).try_collect().await
 }

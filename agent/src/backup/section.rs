@@ -3,7 +3,7 @@
 //! It begins after the thaw duties are written down, and on every path it thaws before it ends. It writes the
 //! status once, at its end; if it does not get there, the next process finds the duties.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -34,11 +34,11 @@ use tokio_util::task::AbortOnDropHandle;
 use tracing::{debug, warn};
 
 use super::context::Context;
-use super::decide::{START_WITHIN, failing, later, milliseconds};
+use super::decide::{START_WITHIN, failing, later, milliseconds, trouble_of};
 use super::error::Error;
 use super::perform::{self, LOOK_TIMEOUT};
 use super::snapshot::snapshot_of;
-use super::status::Note;
+use super::status::{Note, snapshot_error};
 use crate::hooks::{self, Command, Outcome};
 use crate::{clock, telemetry};
 
@@ -279,6 +279,7 @@ impl Section {
             let snapshot = snapshot_of(&self.backup, run, volume, manifest, consistency, clock::now());
             creating.spawn(create(Arc::clone(&self.cx), self.namespace.clone(), snapshot));
         }
+        let mut told = BTreeSet::new();
         let mut give_up = pin!(sleep_until(deadline));
         while run.volumes.iter().any(|volume| volume.state == SnapshotState::Pending) {
             tokio::select! {
@@ -290,7 +291,13 @@ impl Section {
                         crash_point!("after-create");
                     }
                 }
-                Some(snapshot) = changes.recv() => note_cut(run, &snapshot),
+                Some(snapshot) = changes.recv() => {
+                    note_cut(run, &snapshot);
+                    let trouble = trouble_of(&snapshot).filter(|trouble| told.insert(trouble.clone()));
+                    if let Some(trouble) = trouble {
+                        self.note(snapshot_error("Cut", &trouble));
+                    }
+                },
                 () = &mut give_up => {
                     // The watch may lag: one look decides. Nothing is thawed yet, so what is cut is cut in time.
                     let uncut = timeout(LOOK_TIMEOUT, self.look_for_cuts(run)).await;
@@ -315,9 +322,9 @@ impl Section {
         let uncut = run.volumes.iter().filter(|volume| volume.state == SnapshotState::Pending);
         let told = uncut.map(|volume| {
             let found = listed.iter().find(|found| found.name_any() == volume.snapshot);
-            let error = found.and_then(|found| found.status.as_ref()?.error.as_ref()?.message.as_deref());
-            let error = error.unwrap_or("no error reported; is the snapshot-controller running?");
-            format!("{}: {error}", volume.snapshot)
+            found.and_then(trouble_of).unwrap_or_else(|| {
+                format!("{}: no error reported; is the snapshot-controller running?", volume.snapshot)
+            })
         });
         told.collect::<Vec<_>>().join("; ")
     }

@@ -1,18 +1,24 @@
 //! Turns facts and the decided step into the status that users see, and into Events. Pure.
 
 use jiff::Timestamp;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use sts_backup_api::backup::{MAX_LISTED_POINTS, Phase, StatefulSetBackupStatus};
 use sts_backup_api::conditions::{
-    self, LAST_BACKUP_SUCCEEDED, NAMESPACE_NOT_GRANTED, PROGRESSING, READY, STATEFUL_SET_NOT_FOUND, THAWED,
+    self, INVALID_SCHEDULE, LAST_BACKUP_SUCCEEDED, NAMESPACE_NOT_GRANTED, PROGRESSING, READY,
+    STATEFUL_SET_NOT_FOUND, THAWED,
 };
-use sts_backup_api::points::recovery_points;
+use sts_backup_api::names::ALLOW_BACKUP_FROM_ANNOTATION;
 use sts_backup_api::run::{
-    CurrentRun, RecoveryPoint, RunPod, RunRecord, RunResult, RunStep, SnapshotState, ThawState, request_key,
+    CurrentRun, RecoveryPoint, RunId, RunPod, RunRecord, RunResult, RunStep, SnapshotState, ThawState,
+    request_key,
 };
-use sts_backup_api::snapshot::VolumeSnapshot;
 
-use super::decide::{BackupStep, Idle, Wait};
+use super::decide::{BackupStep, Idle, Pruned, Skipped, Wait, points_of};
+use super::due::{Missed, begins_anew, next_run};
 use super::observe::{BackupFacts, Target};
+
+/// A run is due, or has begun, and others come first.
+const QUEUED: &str = "Queued";
 
 /// The thaw of a pod failed, and its user said to let it be.
 const THAW_GIVEN_UP: &str = "ThawGivenUp";
@@ -20,13 +26,26 @@ const THAW_GIVEN_UP: &str = "ThawGivenUp";
 /// The status after the step is written down, and before it is done.
 pub(super) fn next_status(facts: &BackupFacts, step: &BackupStep, now: Timestamp) -> StatefulSetBackupStatus {
     let mut status = facts.status.clone();
+    if begins_anew(facts, now) {
+        status.last_schedule_time = Some(Time(now));
+    }
     status.observed_generation = facts.generation;
 
     let points = facts.snapshots.as_ref().map(|snapshots| points_of(snapshots, &status.history));
     match step {
-        BackupStep::Begin(run) | BackupStep::Freeze(run) | BackupStep::Record(run) => {
+        BackupStep::Begin { run, missed } => {
             status.current_run = Some(run.clone());
+            status.last_request = facts.request.as_deref().map(request_key).or(status.last_request);
+            status.missed_runs = status.missed_runs.saturating_add(*missed);
+            // A further attempt at a run can be due to an older time than one that was skipped meanwhile.
+            status.last_schedule_time = status.last_schedule_time.max(run.slot.scheduled().map(Time));
         }
+        BackupStep::Freeze(run) | BackupStep::Record(run) => status.current_run = Some(run.clone()),
+        BackupStep::Skip { missed, why: _ } => {
+            status.missed_runs = status.missed_runs.saturating_add(missed.count);
+            status.last_schedule_time = missed.latest.map(Time).or(status.last_schedule_time);
+        }
+        BackupStep::RefuseRequest => status.last_request = facts.request.as_deref().map(request_key),
         BackupStep::CleanUp { record, .. } | BackupStep::Finish(record) => {
             status.current_run = None;
             status.history.insert(0, record.clone());
@@ -47,36 +66,27 @@ pub(super) fn next_status(facts: &BackupFacts, step: &BackupStep, now: Timestamp
         | BackupStep::Thaw(_)
         | BackupStep::Cancel
         | BackupStep::DeleteLate(_)
+        | BackupStep::Prune(_)
         | BackupStep::Wait { .. }
         | BackupStep::Idle(_) => {}
     }
-    if let BackupStep::Begin(_) = step {
-        status.last_request = facts.request.as_deref().map(request_key).or(status.last_request);
-    }
+    status.next_schedule_time = next_run(facts, now).filter(|_| !facts.deleting).map(Time);
     if let Some(points) = points {
         let complete = points.iter().filter(|point| point.complete).count();
         status.recovery_point_count = i64::try_from(complete).unwrap_or(i64::MAX);
         status.recovery_points = points.into_iter().take(MAX_LISTED_POINTS).collect();
     }
     set_conditions(facts, step, &mut status, now);
-    status.phase = Some(phase(&status));
+    status.phase = Some(phase(&status, facts.spec.suspend));
     status
 }
 
-/// The points that snapshots amount to. A snapshot that was created for a run just before its agent died can appear
-/// after the clean-up: it does not make the point of a failed run complete.
-fn points_of(snapshots: &[VolumeSnapshot], history: &[RunRecord]) -> Vec<RecoveryPoint> {
-    let mut points = recovery_points(snapshots);
-    for point in &mut points {
-        let failed = history.iter().any(|run| run.id == point.id && run.result == RunResult::Failed);
-        point.complete &= !failed;
-    }
-    points
-}
-
-fn phase(status: &StatefulSetBackupStatus) -> Phase {
+fn phase(status: &StatefulSetBackupStatus, suspended: bool) -> Phase {
     if status.current_run.is_some() {
         return Phase::InProgress;
+    }
+    if suspended {
+        return Phase::Suspended;
     }
     match status.history.first().map(|last| last.result) {
         Some(RunResult::Completed | RunResult::PartiallyFailed) => Phase::Ready,
@@ -100,7 +110,7 @@ fn set_conditions(
 
     // A preflight's verdict on the spec stands until the next preflight.
     match (&facts.target, step) {
-        (Target::Elsewhere, _) => set(READY, (false, NAMESPACE_NOT_GRANTED, &not_granted(facts))),
+        (Target::NotGranted, _) => set(READY, (false, NAMESPACE_NOT_GRANTED, &not_granted(facts))),
         (Target::Missing, _) => {
             let message = format!(
                 "StatefulSet {} does not exist: create it, or delete this backup",
@@ -108,6 +118,7 @@ fn set_conditions(
             );
             set(READY, (false, STATEFUL_SET_NOT_FOUND, &message));
         }
+        (_, BackupStep::Idle(Idle::InvalidSchedule(why))) => set(READY, (false, INVALID_SCHEDULE, why)),
         (_, BackupStep::Freeze(_)) => {
             set(READY, (true, "Usable", "the last preflight found all that a run needs"));
         }
@@ -116,8 +127,8 @@ fn set_conditions(
         }
         (Target::Exists, BackupStep::Idle(_)) => {
             let old = conditions::find(&facts.status.conditions, READY);
-            let stale = |reason: &str| reason == NAMESPACE_NOT_GRANTED || reason == STATEFUL_SET_NOT_FOUND;
-            if old.is_none_or(|ready| ready.status == "True" || stale(&ready.reason)) {
+            let stale = [NAMESPACE_NOT_GRANTED, STATEFUL_SET_NOT_FOUND, INVALID_SCHEDULE];
+            if old.is_none_or(|ready| ready.status == "True" || stale.contains(&ready.reason.as_str())) {
                 set(READY, (true, "Usable", "the StatefulSet exists"));
             }
         }
@@ -125,14 +136,20 @@ fn set_conditions(
     }
 
     if let Some(run) = current_run {
-        let (reason, message) = progress(run, step);
-        set(PROGRESSING, (true, reason, &message));
+        if let BackupStep::Wait { why: Wait::NoRoom { limit }, .. } = step {
+            set(PROGRESSING, (false, QUEUED, &no_room(run, limit)));
+        } else {
+            let (reason, message) = progress(run, step);
+            set(PROGRESSING, (true, reason, &message));
+        }
         if let Some((thawed, reason, message)) = thaw_state(run) {
             set(THAWED, (thawed, reason, &message));
         }
     } else {
         if let BackupStep::Wait { why: Wait::Queued { behind }, .. } = step {
-            set(PROGRESSING, (false, "Queued", &waiting_behind(behind)));
+            set(PROGRESSING, (false, QUEUED, &waiting_behind(behind)));
+        } else if let BackupStep::Idle(Idle::Suspended) = step {
+            set(PROGRESSING, (false, "Suspended", "no run begins until spec.suspend is false"));
         } else {
             set(PROGRESSING, (false, "Idle", "no run is under way"));
         }
@@ -154,10 +171,16 @@ fn waiting_behind(other: &str) -> String {
     )
 }
 
-fn not_granted(facts: &BackupFacts) -> String {
+fn no_room(run: &CurrentRun, limit: &str) -> String {
+    format!("run {} waits before its freeze: {limit}", run.id)
+}
+
+/// Why a backup of another namespace's `StatefulSet` does not run.
+pub(super) fn not_granted(facts: &BackupFacts) -> String {
+    let (own, target) = (&facts.namespace, facts.target_namespace());
     format!(
-        "StatefulSet {} is in another namespace, which is not supported: create this StatefulSetBackup in the namespace \
-         of its StatefulSet",
+        "StatefulSet {} is in another namespace, which does not let backups of {own} in: kubectl annotate namespace \
+         {target} {ALLOW_BACKUP_FROM_ANNOTATION}={own}",
         facts.target_name()
     )
 }
@@ -175,7 +198,15 @@ fn progress(run: &CurrentRun, step: &BackupStep) -> (&'static str, String) {
         RunStep::Preflight => ("Preflight", format!("run {} looks at the StatefulSet", run.id)),
         RunStep::Frozen => ("Frozen", format!("run {} freezes, cuts and thaws: {all} volumes", run.id)),
         RunStep::Thawing => ("Thawing", format!("run {} still owes pods a thaw", run.id)),
-        RunStep::Readying => ("Readying", format!("run {}: {ready}/{all} snapshots are ready", run.id)),
+        RunStep::Readying => {
+            let trouble = match step {
+                BackupStep::Wait { why: Wait::Snapshots { trouble: Some(trouble) }, .. } => {
+                    format!("; the storage tries again: {trouble}")
+                }
+                _ => String::new(),
+            };
+            ("Readying", format!("run {}: {ready}/{all} snapshots are ready{trouble}", run.id))
+        }
         RunStep::CleaningUp => {
             ("CleaningUp", format!("run {} failed and removes its unready snapshots", run.id))
         }
@@ -261,7 +292,7 @@ pub(super) fn note(facts: &BackupFacts, step: &BackupStep) -> Option<Note> {
         run.failure.clone().filter(|_| !was_failing)
     };
     match step {
-        BackupStep::Begin(run) => {
+        BackupStep::Begin { run, missed: _ } => {
             let due = format!("{:?}", run.slot.due).to_lowercase();
             let attempt = match run.slot.attempt {
                 1 => String::new(),
@@ -284,19 +315,79 @@ pub(super) fn note(facts: &BackupFacts, step: &BackupStep) -> Option<Note> {
             Some(Note::normal("WaitingForStatefulSet", "Preflight", missing.clone()))
         }
         BackupStep::Wait { why: Wait::Queued { behind }, .. } => {
-            Some(Note::normal("Queued", "Wait", waiting_behind(behind)))
+            Some(Note::normal(QUEUED, "Wait", waiting_behind(behind)))
+        }
+        BackupStep::Wait { why: Wait::NoRoom { limit }, .. } => {
+            let run = facts.status.current_run.as_ref()?;
+            Some(Note::normal(QUEUED, "Wait", no_room(run, limit)))
+        }
+        BackupStep::Wait { why: Wait::Snapshots { trouble: Some(trouble) }, .. } => {
+            Some(snapshot_error("Wait", trouble))
         }
         BackupStep::Idle(Idle::NotGranted) => {
             Some(Note::warning(NAMESPACE_NOT_GRANTED, "Refuse", not_granted(facts)))
         }
-        BackupStep::Idle(Idle::NothingDue | Idle::NoStatefulSet)
-        | BackupStep::Wait { why: Wait::Section | Wait::Thaw | Wait::Snapshots, .. }
+        BackupStep::Idle(Idle::InvalidSchedule(why)) => {
+            Some(Note::warning(INVALID_SCHEDULE, "Refuse", why.clone()))
+        }
+        BackupStep::Skip { missed: Missed { count, latest }, why } => {
+            let latest =
+                latest.map_or_else(String::new, |latest| format!(", the newest was due at {latest}"));
+            let (reason, why) = match why {
+                Skipped::TooLate => ("RunsMissed", "nobody began them in time".to_owned()),
+                Skipped::Overlap(run) => ("RunSkipped", format!("run {run} was still under way")),
+            };
+            Some(Note::warning(
+                reason,
+                "Skip",
+                format!("{count} scheduled runs are not begun, {why}{latest}"),
+            ))
+        }
+        BackupStep::RefuseRequest => {
+            let message = "a run was requested, and spec.suspend is true: set it to false, and request again";
+            Some(Note::warning("RequestRefused", "Refuse", message.to_owned()))
+        }
+        BackupStep::Idle(Idle::NothingDue | Idle::NoStatefulSet | Idle::Suspended)
+        | BackupStep::Wait { why: Wait::Section | Wait::Thaw | Wait::Snapshots { trouble: None }, .. }
+        | BackupStep::Prune(_)
         | BackupStep::AddFinalizer
         | BackupStep::RemoveFinalizer
         | BackupStep::Thaw(_)
         | BackupStep::DeleteLate(_)
         | BackupStep::Cancel => None,
     }
+}
+
+/// The Event of an error that the storage reports of a snapshot.
+pub(super) fn snapshot_error(action: &'static str, trouble: &str) -> Note {
+    let message = format!("the storage reports an error and tries again: {trouble}");
+    Note::warning("SnapshotError", action, message)
+}
+
+/// The Event of a recovery point that is deleted because no rule keeps it.
+pub(super) fn pruned(point: &Pruned) -> Note {
+    let Pruned { point, why, snapshots } = point;
+    Note::normal(
+        "Pruned",
+        "Prune",
+        format!("recovery point {point}: {why}; {} snapshots deleted", snapshots.len()),
+    )
+}
+
+/// The Events of recovery points that were complete and no longer are, though nobody deleted them as a whole.
+pub(super) fn damaged(before: &StatefulSetBackupStatus, after: &StatefulSetBackupStatus) -> Vec<Note> {
+    let was_complete =
+        |id: &RunId| before.recovery_points.iter().any(|point| point.id == *id && point.complete);
+    let damaged = after.recovery_points.iter().filter(|point| !point.complete && was_complete(&point.id));
+    let note = |point: &RecoveryPoint| {
+        let RecoveryPoint { id, ready_volumes, expected_volumes, .. } = point;
+        let message = format!(
+            "recovery point {id} is no longer complete, {ready_volumes}/{expected_volumes} volumes: a snapshot or its \
+             content was deleted"
+        );
+        Note::warning("RecoveryPointIncomplete", "Look", message)
+    };
+    damaged.map(note).collect()
 }
 
 fn finished(record: &RunRecord) -> Note {

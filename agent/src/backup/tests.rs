@@ -12,23 +12,30 @@ use k8s_openapi::api::core::v1::Pod;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime;
 use proptest::prelude::*;
 use serde_json::json;
-use sts_backup_api::backup::{OnError, Phase, StatefulSetBackupSpec, StatefulSetBackupStatus};
+use sts_backup_api::backup::{
+    OnError, Phase, RetentionPolicy, StatefulSetBackupSpec, StatefulSetBackupStatus,
+};
 use sts_backup_api::conditions::{DELETED, INTERRUPTED};
 use sts_backup_api::names::{
     CONSISTENCY_ANNOTATION, REPLICAS_ANNOTATION, RUN_LABEL, TIME_ANNOTATION, VOLUMES_ANNOTATION,
 };
 use sts_backup_api::points::recovery_points;
-use sts_backup_api::run::{CurrentRun, RunResult, RunStep, SnapshotState, ThawState};
+use sts_backup_api::run::{CurrentRun, RunId, RunResult, RunStep, SnapshotState, ThawState};
 use sts_backup_api::snapshot::VolumeSnapshot;
 
 use super::decide::{
-    BackupStep, START_WITHIN, ThawAttempt, after_thaw, failing, later, next_backup_step, with_snapshot_states,
+    BackupStep, START_WITHIN, ThawAttempt, after_thaw, failing, later, next_backup_step, points_of,
+    with_snapshot_states,
 };
 use super::observe::{BackupFacts, ClaimFacts, ClassFacts, Target, TargetFacts};
 use super::status::next_status;
 use crate::hooks::Outcome;
 
 const REPLICAS: i32 = 3;
+
+/// From the creation of the model's backup on.
+const SCHEDULE: &str = "*/10 * * * *";
+const SCHEDULE_SECONDS: i64 = 600;
 
 /// What the storage and the hooks did, which no crash undoes.
 #[derive(Default)]
@@ -45,6 +52,12 @@ struct World {
     snapshots: BTreeMap<String, Snapshot>,
     /// The section that the process runs.
     section: Option<Section>,
+    /// How many scheduled times a run was begun for.
+    scheduled: i64,
+    /// When the backup was last no longer suspended.
+    resumed: Option<Timestamp>,
+    /// The newest recovery point that was complete, and not as the leftover of a failed run.
+    newest: Option<(MicroTime, RunId)>,
 }
 
 struct Snapshot {
@@ -90,6 +103,10 @@ enum Happening {
     Time(u8),
     /// The API server creates a snapshot that a run asked for which has failed since.
     LateCreate(u8),
+    /// The process dies in the middle of pruning.
+    PrunePart(u8),
+    /// Somebody suspends the backup, or lets it go on.
+    Suspend(bool),
     /// Somebody deletes the object.
     Delete,
     /// Somebody asks for a run.
@@ -107,6 +124,8 @@ fn happening() -> impl Strategy<Value = Happening> {
         2 => any::<u8>().prop_map(Happening::LateFreeze),
         2 => any::<u8>().prop_map(Happening::Time),
         2 => any::<u8>().prop_map(Happening::LateCreate),
+        2 => any::<u8>().prop_map(Happening::PrunePart),
+        1 => any::<bool>().prop_map(Happening::Suspend),
         1 => Just(Happening::Delete),
         1 => any::<u8>().prop_map(Happening::Request),
     ]
@@ -149,7 +168,8 @@ fn target() -> TargetFacts {
 }
 
 impl World {
-    fn new(on_error: OnError) -> Self {
+    /// A new backup; with a schedule also a retention policy.
+    fn new(on_error: OnError, schedule: Option<&str>) -> Self {
         let created: Timestamp = "2026-01-01T00:00:00Z".parse().unwrap();
         let facts = BackupFacts {
             namespace: "shop".to_owned(),
@@ -159,7 +179,12 @@ impl World {
             deleting: false,
             has_finalizer: false,
             request: None,
-            spec: spec(on_error),
+            spec: StatefulSetBackupSpec {
+                schedule: schedule.map(str::to_owned),
+                retention_policy: schedule
+                    .map(|_| RetentionPolicy { keep_last: Some(2), ..Default::default() }),
+                ..spec(on_error)
+            },
             status: StatefulSetBackupStatus::default(),
             in_section: false,
             target: Target::Unread,
@@ -209,7 +234,24 @@ impl World {
                 self.object().has_finalizer = false;
                 self.exists = !facts.deleting;
             }
-            BackupStep::Begin(_) | BackupStep::Record(_) | BackupStep::Finish(_) => self.write(&step),
+            BackupStep::Begin { run, .. } => {
+                assert!(!facts.spec.suspend, "{} begins while the backup is suspended", run.id);
+                if let (Some(slot), 1) = (run.slot.scheduled(), run.slot.attempt) {
+                    let since = self.resumed.unwrap_or(facts.created);
+                    assert!(slot > since, "the run due at {slot} begins, but times count from {since} on");
+                    self.scheduled += 1;
+                }
+                self.write(&step);
+            }
+            BackupStep::Record(_)
+            | BackupStep::Finish(_)
+            | BackupStep::Skip { .. }
+            | BackupStep::RefuseRequest => self.write(&step),
+            BackupStep::Prune(points) => {
+                for doomed in points.iter().flat_map(|point| &point.snapshots) {
+                    self.snapshots.remove(&doomed.name);
+                }
+            }
             BackupStep::CleanUp { doomed, .. } => {
                 self.snapshots.retain(|name, _| !doomed.contains(name));
                 self.write(&step);
@@ -444,6 +486,25 @@ impl World {
             }
             Happening::Time(choice) => self.pass_time([1, 30, 61, 121, 3601][usize::from(choice) % 5]),
             Happening::LateCreate(choice) => self.create_late(choice),
+            Happening::PrunePart(choice) => {
+                if let (true, BackupStep::Prune(points)) =
+                    (self.exists, next_backup_step(&self.facts(), self.now))
+                {
+                    let doomed: Vec<_> = points.iter().flat_map(|point| &point.snapshots).collect();
+                    let doomed = doomed[usize::from(choice) % doomed.len()].name.clone();
+                    self.snapshots.remove(&doomed);
+                }
+            }
+            Happening::Suspend(suspend) => {
+                let object = self.object();
+                if object.spec.suspend != suspend {
+                    object.spec.suspend = suspend;
+                    object.generation = object.generation.map(|generation| generation + 1);
+                    // Seen by the agent, as it is with a watch.
+                    self.step();
+                    self.resumed = (!suspend).then_some(self.now).or(self.resumed);
+                }
+            }
             Happening::Delete => {
                 self.object().deleting = true;
                 self.exists = self.object().has_finalizer;
@@ -476,6 +537,8 @@ impl World {
         }
         assert!(of_runs.values().all(|count| *count <= REPLICAS), "{of_runs:?}");
 
+        self.check_schedule(&facts);
+        self.check_retention(&facts, &objects);
         for point in recovery_points(&objects).iter().filter(|point| point.complete) {
             let under_way = run.is_some_and(|run| run.id == point.id);
             let record = facts.status.history.iter().find(|record| record.id == point.id);
@@ -497,6 +560,29 @@ impl World {
                 assert!(frozen, "{} completed, and was cut while a pod was not frozen", point.id);
             }
         }
+    }
+
+    /// Every scheduled time that is dealt with had its one run, or was missed.
+    fn check_schedule(&self, facts: &BackupFacts) {
+        let status = &facts.status;
+        if facts.spec.schedule.is_none() || facts.spec.suspend || self.resumed.is_some() {
+            return;
+        }
+        let passed = status
+            .last_schedule_time
+            .as_ref()
+            .map_or(0, |last| last.0.duration_since(facts.created).as_secs() / SCHEDULE_SECONDS);
+        assert_eq!(self.scheduled + status.missed_runs, passed, "{status:?}");
+    }
+
+    /// The newest complete point stays, whatever goes.
+    fn check_retention(&mut self, facts: &BackupFacts, objects: &[VolumeSnapshot]) {
+        let points = points_of(objects, &facts.status.history);
+        let is_over = |id: &RunId| facts.status.current_run.as_ref().is_none_or(|run| run.id != *id);
+        let mut complete = points.into_iter().filter(|point| point.complete && is_over(&point.id));
+        let newest = complete.next().map(|point| (point.time, point.id));
+        assert!(newest >= self.newest, "{:?} was the newest complete point, and is gone", self.newest);
+        self.newest = newest;
     }
 
     /// Lets everything go well from here on, until nothing more happens.
@@ -529,8 +615,10 @@ proptest! {
     fn whatever_happens_every_pod_is_thawed_and_no_failed_run_looks_complete(
         happenings in prop::collection::vec(happening(), 0..120),
         goes_on in any::<bool>(),
+        scheduled in any::<bool>(),
     ) {
-        let mut world = World::new(if goes_on { OnError::Continue } else { OnError::Fail });
+        let on_error = if goes_on { OnError::Continue } else { OnError::Fail };
+        let mut world = World::new(on_error, scheduled.then_some(SCHEDULE));
         for happening in happenings {
             if !world.exists {
                 break;
@@ -552,7 +640,7 @@ proptest! {
     /// One crash, at every boundary in turn, and otherwise all goes well.
     #[test]
     fn one_crash_anywhere_costs_no_backup(boundary in 0_usize..60) {
-        let mut world = World::new(OnError::Fail);
+        let mut world = World::new(OnError::Fail, None);
         for at in 0..60 {
             if at == boundary {
                 world.happen(Happening::Crash);
@@ -573,7 +661,7 @@ proptest! {
 
 #[test]
 fn a_run_where_all_goes_well_takes_one_snapshot_a_claim_and_thaws_once() {
-    let mut world = World::new(OnError::Fail);
+    let mut world = World::new(OnError::Fail, None);
     world.settle();
     let status = world.facts().status;
     assert_eq!(status.history.len(), 1);

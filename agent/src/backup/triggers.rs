@@ -1,4 +1,5 @@
-//! What makes the controller look at a backup, apart from the backup itself: its snapshots and its `StatefulSet`.
+//! What makes the controller look at a backup, apart from the backup itself: its snapshots, its `StatefulSet`, and the
+//! namespace of that.
 //!
 //! Each is a stream of its own, so that one that fails and pauses holds up no other.
 
@@ -7,18 +8,20 @@ use std::sync::Arc;
 
 use futures::{Stream, StreamExt, stream};
 use k8s_openapi::api::apps::v1::StatefulSet;
+use k8s_openapi::api::core::v1::Namespace;
 use kube::core::PartialObjectMeta;
 use kube::runtime::reflector::{ObjectRef, Store};
 use kube::runtime::watcher::{Config as WatcherConfig, Event as WatchEvent};
 use kube::runtime::{WatchStreamExt, watcher};
 use kube::{Api, Client, ResourceExt};
 use sts_backup_api::backup::StatefulSetBackup;
-use sts_backup_api::conditions::{self, READY};
+use sts_backup_api::conditions::{self, NAMESPACE_NOT_GRANTED, READY};
 use sts_backup_api::names::{BACKUP_LABEL, BACKUP_NAMESPACE_LABEL, RUN_LABEL};
 use sts_backup_api::run::RunStep;
 use sts_backup_api::snapshot::VolumeSnapshot;
 
 use super::context::set_name;
+use super::observe::is_granted_by;
 
 /// The backups whose snapshots change.
 pub(super) fn snapshot_changes(
@@ -70,6 +73,33 @@ fn concerned(
         .filter(|backup| is_concerned(backup))
         .map(|backup| ObjectRef::from_obj(&**backup))
         .collect()
+}
+
+/// The backups that a namespace lets in, or no longer does.
+pub(super) fn grant_changes(
+    client: Client,
+    store: Store<StatefulSetBackup>,
+) -> impl Stream<Item = ObjectRef<StatefulSetBackup>> + Send + 'static {
+    let namespaces: Api<PartialObjectMeta<Namespace>> = Api::all(client);
+    watcher(namespaces, WatcherConfig::default())
+        .default_backoff()
+        .applied_objects()
+        .filter_map(|namespace| ready(namespace.ok()))
+        .flat_map(move |namespace| {
+            let home = namespace.name_any();
+            let is_concerned = |backup: &Arc<StatefulSetBackup>| {
+                let own = backup.namespace().unwrap_or_default();
+                let was_granted = !is_not_granted(backup);
+                own != home && set_name(backup).0 == home && is_granted_by(&namespace, &own) != was_granted
+            };
+            let concerned = store.state().into_iter().filter(is_concerned);
+            stream::iter(concerned.map(|backup| ObjectRef::from_obj(&*backup)).collect::<Vec<_>>())
+        })
+}
+
+fn is_not_granted(backup: &StatefulSetBackup) -> bool {
+    let ready = backup.status.as_ref().and_then(|status| conditions::find(&status.conditions, READY));
+    ready.is_some_and(|ready| ready.reason == NAMESPACE_NOT_GRANTED)
 }
 
 /// A `StatefulSet` changes often; few changes matter to its backup.

@@ -58,6 +58,7 @@ fn without_anything_the_defaults_hold() {
             },
             shutdown: seconds(25),
             concurrent_reconciles: 16,
+            limits: Limits { cluster: 500, driver: 100 },
         }
     );
 }

@@ -1,7 +1,7 @@
 //! Five cron fields, on a wall clock that never jumps.
 //!
 //! The only user of the crate `cron`, which reads expressions as Quartz does: six or seven fields, Sunday is 1, and a
-//! day must fit both day fields. Here they are read as in a CronJob. Zones are no matter of this module: `cron` skips
+//! day must fit both day fields. Here they are read as in a `CronJob`. Zones are no matter of this module: `cron` skips
 //! the times in a gap and repeats those of a repeated hour in the wrong order.
 
 use std::collections::BTreeSet;
@@ -18,8 +18,8 @@ pub(super) type Wall = i64;
 /// The beginning of 2000, from where patterns are tried.
 const A_BEGINNING: Wall = 946_684_800;
 
-/// So many slots show the smallest gap: the slots of a year of days, or all of a day and its neighbours.
-const SLOTS_TO_MEASURE: usize = 1000;
+/// So many times show the smallest gap: those of a year of days, or of some days with all their neighbours.
+const TIMES_TO_MEASURE: usize = 400;
 
 /// What a schedule may be called instead of written.
 const ALIASES: [(&str, &str); 7] = [
@@ -51,7 +51,7 @@ pub(super) struct Pattern {
 }
 
 impl Pattern {
-    /// Reads `schedule` as a CronJob does.
+    /// Reads `schedule` as a `CronJob` does.
     pub(super) fn parse(schedule: &str) -> Result<Self, ScheduleError> {
         let schedule = schedule.trim();
         let wrong = |reason: String, remedy: String| ScheduleError::Schedule {
@@ -129,34 +129,37 @@ impl Pattern {
     /// The first time at `from` or after it.
     pub(super) fn next(&self, from: Wall) -> Option<Wall> {
         let before = clock(from.max(0) - 1)?;
-        self.schedules.iter().filter_map(|schedule| schedule.after(&before).next()).min().map(shown)
+        self.schedules
+            .iter()
+            .filter_map(|schedule| schedule.after(&before).next())
+            .min()
+            .map(|time| time.timestamp())
     }
 
     /// The last time at `until` or before it.
     pub(super) fn previous(&self, until: Wall) -> Option<Wall> {
         // `cron` would take a year before the first one as one far ahead.
         let after = clock(until.saturating_add(1)).filter(|_| until >= 0)?;
-        self.schedules.iter().filter_map(|schedule| schedule.after(&after).next_back()).max().map(shown)
+        self.schedules
+            .iter()
+            .filter_map(|schedule| schedule.after(&after).next_back())
+            .max()
+            .map(|time| time.timestamp())
     }
 
-    /// The smallest gap between times that follow each other, seconds: of the first thousand times since 2000.
+    /// The smallest gap between times that follow each other, seconds: of the first 400 times since 2000.
     ///
     /// More would show nothing new: a pattern repeats its days, and one with so many times in few days has its smallest
     /// gap within each of them.
     pub(super) fn smallest_gap(&self) -> Option<i64> {
         let times = std::iter::successors(self.next(A_BEGINNING), |time| self.next(time + 1));
-        let times: Vec<_> = times.take(SLOTS_TO_MEASURE).collect();
+        let times: Vec<_> = times.take(TIMES_TO_MEASURE).collect();
         times.windows(2).map(|pair| pair[1] - pair[0]).min()
     }
 }
 
 fn clock(wall: Wall) -> Option<DateTime<Utc>> {
     DateTime::from_timestamp(wall, 0)
-}
-
-#[expect(clippy::needless_pass_by_value, reason = "it is mapped over")]
-fn shown(time: DateTime<Utc>) -> Wall {
-    time.timestamp()
 }
 
 /// As `cron` reads it: with seconds, and with its days of the week.

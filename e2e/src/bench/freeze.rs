@@ -22,6 +22,7 @@ use sts_backup_api::run::RunRecord;
 use sts_backup_api::snapshot::VolumeSnapshot;
 use tokio::time::Instant;
 
+use super::usage::{Usage, load_average, mebibytes, rounded};
 use crate::condition::{await_condition, await_none, statefulset_ready};
 use crate::harness::clusters::cluster_name;
 use crate::kit::agent::Agent;
@@ -109,7 +110,7 @@ pub async fn run() -> Result<Figures> {
             ratio: ratio(slow_freeze_ms, slow_raw_ms),
         },
         run_ms: median(runs.iter().map(|run| run.duration_ms).collect()),
-        agent_rss_mib: rounded(after.rss_bytes / f64::from(1 << 20)),
+        agent_rss_mib: mebibytes(after.rss_bytes),
         agent_idle_cpu_percent: rounded(
             (rested.cpu_seconds - resting.cpu_seconds) / IDLE.as_secs_f64() * 100.0,
         ),
@@ -219,31 +220,6 @@ async fn forget_snapshots(ns: &Namespace) -> Result<()> {
     Ok(())
 }
 
-/// What the agent has used.
-struct Usage {
-    rss_bytes: f64,
-    cpu_seconds: f64,
-}
-
-impl Usage {
-    async fn of(agent: &Agent, pod: &str) -> Result<Self> {
-        let metrics = agent.get(pod, "/metrics").await?;
-        let value = |name: &str| -> Result<f64> {
-            let line = metrics.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
-            Ok(line.with_context(|| format!("the agent's metrics have no {name}"))?.parse()?)
-        };
-        Ok(Self {
-            rss_bytes: value("process_resident_memory_bytes")?,
-            cpu_seconds: value("process_cpu_seconds_total")?,
-        })
-    }
-}
-
-fn load_average() -> Result<f64> {
-    let text = std::fs::read_to_string("/proc/loadavg").context("read /proc/loadavg")?;
-    Ok(text.split(' ').next().context("/proc/loadavg is empty")?.parse()?)
-}
-
 fn median(mut values: Vec<i64>) -> i64 {
     values.sort_unstable();
     values.get(values.len() / 2).copied().unwrap_or_default()
@@ -252,8 +228,4 @@ fn median(mut values: Vec<i64>) -> i64 {
 #[expect(clippy::cast_precision_loss, reason = "milliseconds of a bench")]
 fn ratio(of: i64, to: i64) -> f64 {
     rounded(of as f64 / to as f64)
-}
-
-fn rounded(value: f64) -> f64 {
-    (value * 100.0).round() / 100.0
 }

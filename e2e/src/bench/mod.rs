@@ -2,4 +2,8 @@
 //!
 //! Nothing here is a test: what is slow on a busy machine is slow, not wrong.
 
+pub mod agent;
+mod clock;
+mod fleet;
 pub mod freeze;
+mod usage;

@@ -156,6 +156,17 @@ impl Agent {
         self.await_lease("held by an agent that runs", |holder| pods.iter().any(|pod| pod == holder)).await
     }
 
+    /// Asks for that many pods, and does not wait.
+    ///
+    /// # Errors
+    /// When the API server refuses.
+    pub(crate) async fn scale(&self, replicas: i32) -> Result<()> {
+        let wanted = Patch::Merge(json!({ "spec": { "replicas": replicas } }));
+        let scaled = self.deployments().patch_scale(RELEASE, &PatchParams::default(), &wanted).await;
+        scaled.with_context(|| format!("scale the agent to {replicas}"))?;
+        Ok(())
+    }
+
     pub(crate) fn deployments(&self) -> Api<Deployment> {
         Api::namespaced(self.cluster.client(), &self.namespace)
     }
@@ -207,20 +218,47 @@ impl Agent {
     /// # Errors
     /// When it does not run, or the node cannot be reached.
     pub async fn kill(&self, pod: &str) -> Result<()> {
-        let object = self.pods_api().get(pod).await.with_context(|| format!("read the pod {pod}"))?;
-        let status = object.status.and_then(|status| status.container_statuses?.pop());
-        let id = status.and_then(|status| status.container_id);
-        let id = id.as_deref().and_then(|id| id.strip_prefix("containerd://"));
-        let id = id.with_context(|| format!("the pod {pod} has no container"))?;
-        let engine = Engine::find(&Harness::open()?).await.context("no Docker engine answers")?;
+        let (engine, id) = self.container(pod).await?;
         let mut kill = images::ctr(&engine, &control_plane(self.cluster.name()));
-        let output = kill.args(["tasks", "kill", "--signal=SIGKILL", id]).output().await?;
+        let output = kill.args(["tasks", "kill", "--signal=SIGKILL", &id]).output().await?;
         ensure!(
             output.status.success(),
             "kill {pod}, container {id}: {}",
             String::from_utf8_lossy(&output.stderr).trim_end()
         );
         Ok(())
+    }
+
+    /// The most memory that a pod's process has held since it started, bytes, as its node's kernel tells.
+    ///
+    /// # Errors
+    /// When it does not run, or the node cannot be reached.
+    pub(crate) async fn peak_memory(&self, pod: &str) -> Result<f64> {
+        let (engine, id) = self.container(pod).await?;
+        let node = control_plane(self.cluster.name());
+        let tasks = images::ctr(&engine, &node).args(["tasks", "ls"]).output().await?;
+        let tasks = String::from_utf8_lossy(&tasks.stdout).into_owned();
+        // TASK, PID, STATUS.
+        let pid = tasks.lines().find_map(|line| line.strip_prefix(&id)?.split_whitespace().next());
+        let pid = pid.with_context(|| format!("{node} runs no container {id}"))?;
+        let mut read = engine.docker();
+        let read = read.args(["exec", &node, "cat", &format!("/proc/{pid}/status")]).output().await?;
+        let status = String::from_utf8_lossy(&read.stdout).into_owned();
+        // proc(5): `VmHWM:      1234 kB`.
+        let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")?.trim().strip_suffix("kB"));
+        let peak = peak.with_context(|| format!("the kernel of {node} does not tell the memory of {pod}"))?;
+        Ok(peak.trim().parse::<f64>()? * 1024.0)
+    }
+
+    /// The container of a pod, as its node's containerd names it, and the engine that runs the node.
+    async fn container(&self, pod: &str) -> Result<(Engine, String)> {
+        let object = self.pods_api().get(pod).await.with_context(|| format!("read the pod {pod}"))?;
+        let status = object.status.and_then(|status| status.container_statuses?.pop());
+        let id = status.and_then(|status| status.container_id);
+        let id = id.as_deref().and_then(|id| id.strip_prefix("containerd://"));
+        let id = id.with_context(|| format!("the pod {pod} has no container"))?;
+        let engine = Engine::find(&Harness::open()?).await.context("no Docker engine answers")?;
+        Ok((engine, id.to_owned()))
     }
 
     /// Waits until what the pod that leads shows at `/metrics` is as wanted, and returns it.

@@ -70,7 +70,11 @@ impl Drop for Outage {
     }
 }
 
-async fn restore(cluster: &Cluster) -> Result<()> {
+/// Brings it back where an outage was killed, and waits until it runs.
+///
+/// # Errors
+/// When it does not come in time.
+pub(crate) async fn restore(cluster: &Cluster) -> Result<()> {
     scale(cluster, 1).await?;
     let deployments = deployments(cluster);
     await_condition(&deployments, NAME, "available", TIMEOUT, deployment_available).await?;

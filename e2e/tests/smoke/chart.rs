@@ -57,6 +57,7 @@ async fn the_agent_is_granted_exactly_what_it_uses() -> Result<()> {
         "ClusterRole apps/statefulsets get,list,watch",
         "ClusterRole /pods,persistentvolumeclaims get,list",
         "ClusterRole /persistentvolumes get",
+        "ClusterRole /namespaces get,list,watch",
         "ClusterRole /pods/exec get,create",
         "ClusterRole snapshot.storage.k8s.io/volumesnapshots get,list,watch,create,delete",
         "ClusterRole snapshot.storage.k8s.io/volumesnapshotcontents get",

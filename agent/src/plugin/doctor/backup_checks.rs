@@ -35,7 +35,7 @@ pub(super) fn check_backup(
             let starting = plan.as_ref().is_err_and(|problems| may_heal(facts, problems));
             check_plan(&object, plan, starting)
         }
-        Ok(Target::Elsewhere) => {
+        Ok(Target::NotGranted) => {
             refuse(object, &format!("not in the namespace {own} of its backup"), NAMESPACE_NOT_GRANTED)
         }
         Ok(Target::Missing | Target::Unread | Target::Exists) => {

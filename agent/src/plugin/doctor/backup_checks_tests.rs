@@ -99,7 +99,7 @@ fn a_target_that_is_missing_elsewhere_or_unread_ends_the_check() {
     let fails = |reason: &str| [(Level::Fail, format!("StatefulSet shop/db: {reason}"))];
     assert_eq!(check(Ok(Target::Missing)), fails("StatefulSetNotFound: it does not exist"));
     assert_eq!(
-        check(Ok(Target::Elsewhere)),
+        check(Ok(Target::NotGranted)),
         fails("NamespaceNotGranted: not in the namespace shop of its backup")
     );
     assert_eq!(

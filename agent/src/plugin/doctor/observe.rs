@@ -37,7 +37,7 @@ pub(super) async fn target(cluster: &Cluster, backup: &StatefulSetBackup) -> Rea
     let own = backup.namespace().unwrap_or_default();
     let target = &backup.spec.stateful_set_ref;
     if target.namespace_or(&own) != own {
-        return Ok(Target::Elsewhere);
+        return Ok(Target::NotGranted);
     }
     let read = read_target(&cluster.client(), &own, &target.name).await;
     read.map_err(|err| match err {
