@@ -21,8 +21,10 @@ use crate::events::Note;
 /// A run is due, or has begun, and others come first.
 const QUEUED: &str = "Queued";
 
+/// The thaw of a pod failed, and is repeated.
+pub(super) const THAW_FAILED: &str = "ThawFailed";
 /// The thaw of a pod failed, and its user said to let it be.
-const THAW_GIVEN_UP: &str = "ThawGivenUp";
+pub(super) const THAW_GIVEN_UP: &str = "ThawGivenUp";
 
 /// The status after the step is written down, and before it is done.
 pub(super) fn next_status(facts: &BackupFacts, step: &BackupStep, now: Timestamp) -> StatefulSetBackupStatus {
@@ -200,12 +202,10 @@ fn progress(run: &CurrentRun, step: &BackupStep) -> (&'static str, String) {
         RunStep::Frozen => ("Frozen", format!("run {} freezes, cuts and thaws: {all} volumes", run.id)),
         RunStep::Thawing => ("Thawing", format!("run {} still owes pods a thaw", run.id)),
         RunStep::Readying => {
-            let trouble = match step {
-                BackupStep::Wait { why: Wait::Snapshots { trouble: Some(trouble) }, .. } => {
-                    format!("; the storage tries again: {trouble}")
-                }
-                _ => String::new(),
-            };
+            let mut trouble = String::new();
+            if let BackupStep::Wait { why: Wait::Snapshots { trouble: Some(said) }, .. } = step {
+                trouble = format!("; the storage tries again: {said}");
+            }
             ("Readying", format!("run {}: {ready}/{all} snapshots are ready{trouble}", run.id))
         }
         RunStep::CleaningUp => {
@@ -242,7 +242,7 @@ fn thaw_state(run: &CurrentRun) -> Option<(bool, &'static str, String)> {
                 "the postBackupHook failed and is repeated: {}. Thaw by hand, or correct postBackupHook",
                 told.join("; ")
             );
-            Some((false, "ThawFailed", message))
+            Some((false, THAW_FAILED, message))
         }
         RunStep::Thawing if owing.iter().any(|(_, thaw)| thaw.not_before.is_none()) => Some((
             false,

@@ -37,6 +37,7 @@ pub mod shell;
 pub mod snapshot;
 pub mod snapshot_controller;
 pub mod trace;
+mod user;
 
 pub use app::App;
 pub use backup::Backup;
@@ -46,3 +47,4 @@ pub use namespace::{Namespace, with_temp_namespace, with_temp_namespaces};
 pub use policy::Policy;
 pub use postgres::{Postgres, Rows};
 pub use redis::Redis;
+pub use user::User;
