@@ -212,8 +212,7 @@ fn counters(encoder: &mut DescriptorEncoder<'_>, counted: &BackupMetrics) -> Res
 /// A counter that the objects keep.
 fn missed_runs(encoder: &mut DescriptorEncoder<'_>, backups: &[Labelled<'_>]) -> Result<(), fmt::Error> {
     let help = "Scheduled runs that were not begun";
-    let mut family =
-        encoder.encode_descriptor("sts_backup_missed_runs", help, None, MetricType::Counter)?;
+    let mut family = encoder.encode_descriptor("sts_backup_missed_runs", help, None, MetricType::Counter)?;
     for (labels, backup) in backups {
         if let Some(status) = &backup.status {
             let missed = status.missed_runs.max(0).unsigned_abs();
@@ -230,7 +229,11 @@ const GAUGES: [Gauge; 10] = [
     ("sts_backup_suspended", "1: no further runs are begun, as the spec says", suspended),
     ("sts_backup_ready", "1: the spec can be used; 0: it cannot, or the last preflight refused", usable),
     ("sts_backup_last_status", "1: the last run left a complete recovery point; 0: it did not", last_status),
-    ("sts_backup_last_partial_failure", "1: the last run left claims out; 0: it did not", last_partial_failure),
+    (
+        "sts_backup_last_partial_failure",
+        "1: the last run left claims out; 0: it did not",
+        last_partial_failure,
+    ),
     (
         "sts_backup_last_successful_timestamp_seconds",
         "The time of the newest complete recovery point that a run made",

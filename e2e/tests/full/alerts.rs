@@ -82,10 +82,7 @@ const CASES: [Case; 24] = [
     ),
     (
         "a backup without a schedule has no success",
-        &[
-            ("last_successful_timestamp_seconds", "a", "0x600"),
-            ("expected_interval_seconds", "a", "_x600"),
-        ],
+        &[("last_successful_timestamp_seconds", "a", "0x600"), ("expected_interval_seconds", "a", "_x600")],
         &[],
     ),
     ("the last run failed", &[("last_status", "a", "1x590 0x9")], &["StsBackupFailed"]),
@@ -157,12 +154,12 @@ fn load(changes: &[(&str, &str, &str)]) -> String {
         lines.push(format!(r#"  {metric}{{{labels}pod="{agent}"}} {samples}"#));
     };
     for (metric, samples) in HEALTHY {
-        let changed =
+        let others =
             changes.iter().filter(|(change, ..)| metric.strip_prefix("sts_backup_") == Some(*change));
-        if changed.clone().next().is_none() {
+        if others.clone().next().is_none() {
             add(metric, "a", samples);
         }
-        for (_, agent, samples) in changed {
+        for (_, agent, samples) in others {
             add(metric, agent, samples);
         }
     }

@@ -67,9 +67,8 @@ async fn a_thousand_stateful_sets_in_fifty_namespaces_get_their_backups_by_one_w
         let names = json!({ "key": "kubernetes.io/metadata.name", "operator": "In", "values": names });
         let spec = json!({ "namespaceSelector": { "matchExpressions": [names] }, "template": template() });
         let policy = Policy::write(home, "all", &spec).await?;
-        let is_protected = |status: &StatefulSetBackupPolicyStatus| {
-            (status.matched, status.protected) == (SETS, SETS)
-        };
+        let is_protected =
+            |status: &StatefulSetBackupPolicyStatus| (status.matched, status.protected) == (SETS, SETS);
         await_status(&policy, "protecting all", is_protected).await?;
         // No run is due, so nobody else writes them.
         ensure!(writes.hits() == SETS.unsigned_abs(), "{} writes of backups", writes.hits());
@@ -78,7 +77,8 @@ async fn a_thousand_stateful_sets_in_fifty_namespaces_get_their_backups_by_one_w
         // One StatefulSet changes: its backup is removed, and nothing else is written, or read anew.
         let (writes, lists) = (proxy.count(is_backup_write), proxy.count(is_list));
         let left = &namespaces[7];
-        change_set(left, "db-3", &json!({ "annotations": { "backup.sts-backup.io/exclude": "true" } })).await?;
+        change_set(left, "db-3", &json!({ "annotations": { "backup.sts-backup.io/exclude": "true" } }))
+            .await?;
         let is_one_less = |status: &StatefulSetBackupPolicyStatus| status.matched == SETS - 1;
         await_status(&policy, "protecting all but one", is_one_less).await?;
         ensure!(writes.hits() == 1, "{} writes of backups for one change", writes.hits());
@@ -131,7 +131,8 @@ async fn an_agent_that_dies_between_two_writes_is_followed_by_one_that_completes
             policy.change(&json!({ "template": { "spec": spec } })).await?;
             let exclude = json!({ "annotations": { "backup.sts-backup.io/exclude": "true" } });
             change_set(ns, &format!("db-{at}"), &exclude).await?;
-            let config = LocalAgentConfig::new(ns, point).short_lease().failpoints(&format!("{point}=return"));
+            let config =
+                LocalAgentConfig::new(ns, point).short_lease().failpoints(&format!("{point}=return"));
             let mut agent = LocalAgent::start(&config).await?;
             let status = agent.wait_exit().await?;
             ensure!(!status.success(), "it survived {point}");

@@ -148,8 +148,7 @@ async fn who_writes_hooks_is_asked_for_exec_unless_the_policies_are_not_wanted()
         ensure!(judged.len() == bound.len(), "a binding without its policy");
         Ok(judged)
     };
-    let (backups, policies) =
-        ("statefulsetbackups CREATE,UPDATE", "statefulsetbackuppolicies CREATE,UPDATE");
+    let (backups, policies) = ("statefulsetbackups CREATE,UPDATE", "statefulsetbackuppolicies CREATE,UPDATE");
     let status = "statefulsetbackups/status UPDATE";
     let by_default = judged(json!({})).await?;
     ensure!(by_default == [backups, status, policies], "{by_default:?}");

@@ -372,8 +372,7 @@ async fn the_metrics_show_what_is_unprotected_and_what_policies_do_about_it() ->
         agent
             .await_metrics("all are protected, and overdue", |text| {
                 let has = |name: &str| {
-                    let line =
-                        format!("sts_backup_policy_{name}{{policy=\"{}\"}} 2\n", policy.name());
+                    let line = format!("sts_backup_policy_{name}{{policy=\"{}\"}} 2\n", policy.name());
                     text.contains(&line)
                 };
                 text.contains(&unprotected(0)) && has("matched") && has("protected") && has("overdue")
