@@ -181,7 +181,7 @@ pub(super) async fn observe(
 }
 
 /// Whether a namespace lets the backups of another one in.
-async fn is_granted(client: &Client, namespace: &str, to: &str) -> Result<bool> {
+pub(crate) async fn is_granted(client: &Client, namespace: &str, to: &str) -> Result<bool> {
     let namespaces: Api<Namespace> = Api::all(client.clone());
     let found = namespaces.get_metadata_opt(namespace).await.map_err(Error::request("get the Namespace"))?;
     Ok(found.is_some_and(|found| is_granted_by(&found, to)))

@@ -2,7 +2,7 @@
 
 use kube::ResourceExt;
 use sts_backup_api::backup::StatefulSetBackup;
-use sts_backup_api::conditions::{self, NAMESPACE_NOT_GRANTED, STATEFUL_SET_NOT_FOUND};
+use sts_backup_api::conditions::{self, INVALID_SCHEDULE, NAMESPACE_NOT_GRANTED, STATEFUL_SET_NOT_FOUND};
 use sts_backup_api::names::REQUESTED_AT_ANNOTATION;
 use sts_backup_api::run::{
     CurrentRun, Due, RecoveryPoint, RunPod, RunRecord, RunResult, RunStep, Slot, SnapshotState, ThawState,
@@ -12,7 +12,7 @@ use super::table::span;
 
 /// The reasons for which the agent begins no run; it looks again when the cluster changes. Any other verdict is
 /// that of the last preflight, and only another run can better it.
-const BLOCKING: [&str; 2] = [NAMESPACE_NOT_GRANTED, STATEFUL_SET_NOT_FOUND];
+const BLOCKING: [&str; 3] = [NAMESPACE_NOT_GRANTED, STATEFUL_SET_NOT_FOUND, INVALID_SCHEDULE];
 
 /// Said as long as the agent has not begun.
 pub(super) const WAITING: &str = "waiting for the agent to begin";
@@ -45,6 +45,8 @@ pub(super) enum Progress {
     Over { record: RunRecord, point: Option<RecoveryPoint> },
     /// It does not begin as long as that is so.
     CannotStart { reason: String, message: String },
+    /// The backup was suspended before it began, so it will not.
+    Suspended,
     /// Somebody asked again before it began, so it will not.
     Replaced { by: String },
     /// The object is gone.
@@ -81,7 +83,8 @@ pub(super) fn progress(backup: Option<&StatefulSetBackup>, asked: &Asked) -> Pro
     let annotation = backup.annotations().get(REQUESTED_AT_ANNOTATION);
     let replaced = annotation.filter(|annotation| **annotation != asked.annotation);
     if let Some(record) = last {
-        if record.next_attempt().is_some() && replaced.is_none() && blocked(backup).is_none() {
+        let may_go_on = replaced.is_none() && blocked(backup).is_none() && !backup.spec.suspend;
+        if record.next_attempt().is_some() && may_go_on {
             let attempt = record.slot.attempt;
             return Progress::Goes(format!("attempt {attempt} was interrupted; waiting for the next one"));
         }
@@ -92,6 +95,9 @@ pub(super) fn progress(backup: Option<&StatefulSetBackup>, asked: &Asked) -> Pro
 
     if let Some(by) = replaced {
         return Progress::Replaced { by: by.clone() };
+    }
+    if backup.spec.suspend {
+        return Progress::Suspended;
     }
     if let Some((reason, message)) = blocked(backup) {
         return Progress::CannotStart { reason: reason.to_owned(), message: message.to_owned() };

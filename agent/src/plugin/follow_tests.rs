@@ -135,9 +135,11 @@ fn an_interrupted_attempt_is_not_the_end_and_the_last_attempt_is() {
     );
     let last = match seen(&json!({ "history": [record(2, "Completed", "Completed"), interrupted(1)] })) {
         Progress::Over { record, .. } => Some((record.slot.attempt, record.result)),
-        Progress::Goes(_) | Progress::CannotStart { .. } | Progress::Replaced { .. } | Progress::Deleted => {
-            None
-        }
+        Progress::Goes(_)
+        | Progress::CannotStart { .. }
+        | Progress::Suspended
+        | Progress::Replaced { .. }
+        | Progress::Deleted => None,
     };
     assert_eq!(last, Some((2, RunResult::Completed)));
     assert!(matches!(seen(&json!({ "history": [interrupted(3)] })), Progress::Over { .. }));
@@ -153,6 +155,10 @@ fn a_request_that_cannot_begin_says_why_but_an_old_verdict_of_a_preflight_does_n
         seen(&json!({ "conditions": ready_false("StatefulSetNotFound") })),
         Progress::CannotStart { reason: "StatefulSetNotFound".to_owned(), message: "no".to_owned() }
     );
+    assert!(matches!(
+        seen(&json!({ "conditions": ready_false("InvalidSchedule") })),
+        Progress::CannotStart { .. }
+    ));
     assert_eq!(seen(&json!({ "conditions": ready_false("ClaimMissing") })), goes(WAITING));
     let mut older = ready_false("StatefulSetNotFound");
     older[0]["observedGeneration"] = json!(1);
@@ -169,6 +175,19 @@ fn a_request_that_was_replaced_before_it_began_never_runs() {
     replaced.status =
         serde_json::from_value(json!({ "history": [record(1, "Completed", "Completed")] })).unwrap();
     assert!(matches!(progress(Some(&replaced), &asked()), Progress::Over { .. }));
+}
+
+#[test]
+fn a_backup_that_is_suspended_begins_no_run_and_finishes_the_one_it_has() {
+    let suspended = |status: Value| {
+        let mut backup = backup(&status);
+        backup.spec.suspend = true;
+        progress(Some(&backup), &asked())
+    };
+    assert_eq!(suspended(json!({})), Progress::Suspended);
+    assert_eq!(suspended(json!({ "currentRun": running(1, "Preflight", &[], &[]) })), goes("preflight"));
+    let interrupted = json!({ "history": [record(1, "Failed", "Interrupted")] });
+    assert!(matches!(suspended(interrupted), Progress::Over { .. }));
 }
 
 #[test]

@@ -5,15 +5,19 @@
 use jiff::{SignedDuration, Timestamp};
 use sts_backup_api::backup::StatefulSetBackup;
 use sts_backup_api::conditions;
+use sts_backup_api::names::ALLOW_BACKUP_FROM_ANNOTATION;
 
 use super::table::age;
 
 /// What to do about `reason` for the backup, whatever the message says.
 pub(super) fn remedy(reason: &str, namespace: &str, name: &str) -> String {
     match reason {
-        "NamespaceNotGranted" => {
-            "create the StatefulSetBackup in the namespace of its StatefulSet: kubectl get statefulset -A".to_owned()
-        }
+        "NamespaceNotGranted" => format!(
+            "create the StatefulSetBackup in the namespace of its StatefulSet, or let it in there: kubectl annotate namespace NAME {ALLOW_BACKUP_FROM_ANNOTATION}={namespace}"
+        ),
+        "InvalidSchedule" => format!(
+            "correct spec.schedule, spec.timeZone or spec.spread: kubectl edit statefulsetbackup {name} -n {namespace}"
+        ),
         "StatefulSetNotFound" => format!(
             "create the StatefulSet, or delete this object and create one that names the right one: kubectl get statefulset -n {namespace}"
         ),
@@ -68,6 +72,7 @@ mod tests {
     fn every_reason_has_a_next_command() {
         for reason in [
             "NamespaceNotGranted",
+            "InvalidSchedule",
             "StatefulSetNotFound",
             "NoSnapshotClass",
             "PreBackupHookFailed",

@@ -158,6 +158,7 @@ async fn follow(
             }
             end @ (Progress::Over { .. }
             | Progress::CannotStart { .. }
+            | Progress::Suspended
             | Progress::Replaced { .. }
             | Progress::Deleted) => return Ok(end),
         }
@@ -189,6 +190,10 @@ fn conclude(end: Progress, namespace: &str, name: &str) -> Result<(RunRecord, Op
                 "{object} is not ready: {reason}: {message}; the request stands, and runs once that is solved"
             ),
             Some(remedy(&reason, namespace, name)),
+        ),
+        Progress::Suspended => (
+            format!("{object} was suspended before this run began, so it will not"),
+            Some(format!("kubectl stsbackup resume {name} -n {namespace}, then ask again")),
         ),
         Progress::Replaced { by } => (
             format!("somebody asked {object} for another run ({by}) before this one began, so it will not"),

@@ -107,6 +107,13 @@ fn a_run_that_never_comes_is_a_failure_with_its_reason() {
         "{}",
         replaced.to_text()
     );
+    let suspended = conclude(Progress::Suspended, "shop", "nightly").unwrap_err();
+    assert_eq!(suspended.exit().code(), 1);
+    assert_eq!(
+        suspended.to_text(),
+        "error: StatefulSetBackup shop/nightly was suspended before this run began, so it will not\n  \
+         to do: kubectl stsbackup resume nightly -n shop, then ask again"
+    );
     let deleted = conclude(Progress::Deleted, "shop", "nightly").unwrap_err();
     assert_eq!(deleted.to_text(), "error: StatefulSetBackup shop/nightly was deleted");
 }

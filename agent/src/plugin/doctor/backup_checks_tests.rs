@@ -29,7 +29,7 @@ fn conditions_that_are_false_are_findings_and_a_running_freeze_is_none() {
         json!({ "type": type_, "status": "False", "reason": reason, "message": "told",
             "lastTransitionTime": "2026-02-03T02:00:00Z" })
     };
-    let check = |status: Value| summary(&check_conditions(&backup(&json!({}), &status), now()));
+    let check = |status: Value| summary(&check_conditions(&backup(&json!({}), &status), &[], now()));
     let object = "StatefulSetBackup shop/nightly";
     assert_eq!(
         check(
@@ -100,10 +100,60 @@ fn a_target_that_is_missing_elsewhere_or_unread_ends_the_check() {
     assert_eq!(check(Ok(Target::Missing)), fails("StatefulSetNotFound: it does not exist"));
     assert_eq!(
         check(Ok(Target::NotGranted)),
-        fails("NamespaceNotGranted: not in the namespace shop of its backup")
+        fails("NamespaceNotGranted: namespace shop does not let backups of shop in")
     );
     assert_eq!(
         check(Err("you may not".to_owned())),
         [(Level::Warn, "StatefulSet shop/db, its claims and its pods: not checked: you may not".to_owned())]
+    );
+}
+
+#[test]
+fn one_cause_is_one_failure() {
+    let condition = |type_: &str, reason: &str| {
+        json!({ "type": type_, "status": "False", "reason": reason, "message": "told",
+            "lastTransitionTime": "2026-02-03T02:00:00Z" })
+    };
+    let missing = condition("Ready", "StatefulSetNotFound");
+    let check = |last_run: &str| {
+        let conditions = json!([missing, condition("LastBackupSucceeded", last_run)]);
+        summary(&check_backup(
+            &backup(&json!({}), &json!({ "conditions": conditions })),
+            &Ok(Target::Missing),
+            now(),
+        ))
+    };
+    let fail = (Level::Fail, "StatefulSet shop/db: StatefulSetNotFound: it does not exist".to_owned());
+    assert_eq!(check("StatefulSetNotFound"), [fail.clone()]);
+    let failed = "StatefulSetBackup shop/nightly: LastBackupSucceeded is False: FrozenTooLong: told";
+    assert_eq!(check("FrozenTooLong"), [(Level::Fail, failed.to_owned()), fail]);
+}
+
+#[test]
+fn a_schedule_or_zone_that_cannot_be_used_fails_and_the_next_run_is_told() {
+    let check = |spec: Value| summary(&check_times(&backup(&spec, &json!({})), now()));
+    let object = "StatefulSetBackup shop/nightly";
+    assert_eq!(check(json!({})), []);
+    assert_eq!(
+        check(json!({ "schedule": "0 4 * * *" })),
+        [(Level::Ok, format!("{object}: the next run begins at 2026-02-03T04:00:00Z (in 120m)"))]
+    );
+    for spec in [
+        json!({ "schedule": "0 4 * *" }),
+        json!({ "schedule": "0 4 * * *", "timeZone": "Mars/Olympus" }),
+        json!({ "schedule": "0 4 * * *", "spread": "25h" }),
+    ] {
+        let [(Level::Fail, reason)] = &check(spec.clone())[..] else { unreachable!("one failure: {spec}") };
+        assert!(reason.starts_with(&format!("{object}: InvalidSchedule: ")), "{reason}");
+    }
+    let zone = json!({ "timeZone": "Mars/Olympus", "retentionPolicy": { "keepDaily": 1 } });
+    let [(Level::Fail, reason)] = &check(zone)[..] else { unreachable!("one failure") };
+    assert!(
+        reason.starts_with(&format!("{object}: nothing is pruned: timeZone \"Mars/Olympus\"")),
+        "{reason}"
+    );
+    assert_eq!(
+        check(json!({ "schedule": "0 4 * * *", "suspend": true })),
+        [(Level::Warn, format!("{object}: suspended: no run begins, and nothing is pruned"))]
     );
 }

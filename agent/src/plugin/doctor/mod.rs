@@ -5,6 +5,7 @@
 mod backup_checks;
 mod cluster_checks;
 mod observe;
+mod rights_checks;
 mod sidecar_checks;
 
 use serde::Serialize;
@@ -109,6 +110,14 @@ pub(super) async fn doctor(cluster: &Cluster, how: &Doctor) -> Result<Exit, Erro
     }
     if backups.is_empty() && findings.len() == of_cluster {
         findings.push(Finding::ok("StatefulSetBackups", format!("none to check in {}", scope.describe())));
+    }
+    let hooked = |backup: &StatefulSetBackup| {
+        backup.spec.pre_backup_hook.is_some() || backup.spec.post_backup_hook.is_some()
+    };
+    let needed = rights_checks::needed(backups.iter().any(hooked));
+    for account in rights_checks::accounts(facts.deployments.as_deref().unwrap_or_default()) {
+        let missing = observe::missing_rights(cluster, &account, needed.clone()).await;
+        findings.push(rights_checks::check_rights(&account, &missing));
     }
     for backup in &backups {
         let target = observe::target(cluster, backup).await;

@@ -2,10 +2,12 @@
 
 use std::fmt::Debug;
 
+use futures::{StreamExt, TryStreamExt, stream};
 use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::apps::v1::{DaemonSet, Deployment, StatefulSet};
+use k8s_openapi::api::authorization::v1::SubjectAccessReview;
 use k8s_openapi::api::coordination::v1::Lease;
-use kube::api::ListParams;
+use kube::api::{ListParams, PostParams};
 use kube::{Api, Resource, ResourceExt};
 use serde::de::DeserializeOwned;
 use sts_backup_api::backup::StatefulSetBackup;
@@ -13,13 +15,17 @@ use sts_backup_api::snapshot::VolumeSnapshotClass;
 
 use super::Read;
 use super::cluster_checks::{NEEDED_KINDS, ServedKinds};
+use super::rights_checks::{Account, Right, review};
 use crate::backup::error::Error as ReadError;
-use crate::backup::observe::{Target, read_target};
+use crate::backup::observe::{Target, is_granted, read_target};
 use crate::plugin::cluster::{Cluster, Scope, list_all};
 use crate::plugin::error::{Error, not_found};
 
 /// The agent's Lease, in the namespace that it runs in.
 pub(super) const LEASE: &str = "sts-backup-agent";
+
+/// How many questions are asked at once.
+const PARALLEL: usize = 8;
 
 /// What is checked once a cluster.
 #[derive(Debug)]
@@ -36,14 +42,37 @@ pub(super) struct ClusterFacts {
 pub(super) async fn target(cluster: &Cluster, backup: &StatefulSetBackup) -> Read<Target> {
     let own = backup.namespace().unwrap_or_default();
     let target = &backup.spec.stateful_set_ref;
-    if target.namespace_or(&own) != own {
-        return Ok(Target::NotGranted);
-    }
-    let read = read_target(&cluster.client(), &own, &target.name).await;
-    read.map_err(|err| match err {
+    let home = target.namespace_or(&own);
+    let client = cluster.client();
+    let read = async {
+        if home != own && !is_granted(&client, home, &own).await? {
+            return Ok(Target::NotGranted);
+        }
+        read_target(&client, home, &target.name).await
+    };
+    read.await.map_err(|err| match err {
         ReadError::Request { operation, source } => Error::of(operation, None, source).brief(),
         err @ ReadError::NoAnswer { .. } => err.to_string(),
     })
+}
+
+/// Those of the rights that an account of the cluster does not have.
+pub(super) async fn missing_rights(
+    cluster: &Cluster,
+    account: &Account,
+    rights: Vec<Right>,
+) -> Read<Vec<Right>> {
+    let api: Api<SubjectAccessReview> = Api::all(cluster.client());
+    let asked: Vec<_> = stream::iter(rights)
+        .map(async |right| {
+            let answer = api.create(&PostParams::default(), &review(account, &right)).await?;
+            Ok((right, answer.status.is_some_and(|status| status.allowed)))
+        })
+        .buffered(PARALLEL)
+        .try_collect()
+        .await
+        .map_err(|err| Error::of("ask for the rights of the agent", None, err).brief())?;
+    Ok(asked.into_iter().filter(|(_, allowed)| !allowed).map(|(right, _)| right).collect())
 }
 
 /// Reads what is checked once a cluster.
