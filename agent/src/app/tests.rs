@@ -256,18 +256,18 @@ async fn the_docs_list_exactly_the_metrics_that_a_leader_shows() {
     let app = App::bind(config).await.expect("a free port");
     let address = app.address();
     let shutdown = ends.shutdown.clone();
-    let (shows, shown) = tokio::sync::oneshot::channel();
+    let (scraped, exposition) = tokio::sync::oneshot::channel();
     // The controllers register what they show before anything else.
     let control = move |context: Context, stop: CancellationToken| async move {
         let scrape = async {
-            shows.send(get(address, "/metrics").await).expect("the test waits");
+            scraped.send(get(address, "/metrics").await).expect("the test waits");
             shutdown.cancel();
         };
         tokio::join!(super::control(context, stop), scrape);
     };
     let result = app.run(clients(&api), ends, control).await;
     assert!(result.is_ok(), "{result:?}");
-    assert_eq!(families(&shown.await.expect("scraped")), documented);
+    assert_eq!(families(&exposition.await.expect("scraped")), documented);
 }
 
 #[test]

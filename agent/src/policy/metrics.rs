@@ -53,15 +53,15 @@ const GAUGES: [Gauge; 3] = [
 impl Collector for Scrape {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
         // Before the first lists are complete all would be unprotected.
-        let is_ready = matches!(self.stores.ready().now_or_never(), Some(Ok(())));
-        let world = if is_ready { self.stores.observe() } else { World::default() };
+        let is_complete = matches!(self.stores.ready().now_or_never(), Some(Ok(())));
+        let unprotected = if is_complete { unprotected(&self.stores.observe()) } else { BTreeMap::new() };
         let mut family = encoder.encode_descriptor(
             "sts_backup_unprotected_statefulsets",
             "StatefulSets with claims that no backup names, or only suspended ones",
             None,
             MetricType::Gauge,
         )?;
-        for (namespace, count) in unprotected(&world) {
+        for (namespace, count) in unprotected {
             ConstGauge::new(count).encode(family.encode_family(&InNamespace { namespace })?)?;
         }
         for (name, help, value) in GAUGES {

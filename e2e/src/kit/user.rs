@@ -4,10 +4,10 @@ use anyhow::{Context, Result};
 use k8s_openapi::api::authorization::v1::{
     ResourceAttributes, SelfSubjectAccessReview, SelfSubjectAccessReviewSpec,
 };
-use k8s_openapi::api::rbac::v1::{Role, RoleBinding};
+use k8s_openapi::api::rbac::v1::{ClusterRole, ClusterRoleBinding, Role, RoleBinding};
 use kube::api::PostParams;
 use kube::{Api, Client};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::poll::until;
 use super::{Cluster, Namespace};
@@ -45,19 +45,67 @@ impl User {
     /// # Errors
     /// When it cannot be granted.
     pub async fn grant(&self, ns: &Namespace, group: &str, resource: &str, verbs: &[&str]) -> Result<()> {
-        let name = format!("{}-{}", self.name, resource.replace('/', "-"));
-        let role: Role = serde_json::from_value(json!({
-            "metadata": { "name": name },
-            "rules": [{ "apiGroups": [group], "resources": [resource], "verbs": verbs }],
-        }))?;
-        let binding: RoleBinding = serde_json::from_value(json!({
-            "metadata": { "name": name },
-            "roleRef": { "apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": name },
-            "subjects": [{ "apiGroup": "rbac.authorization.k8s.io", "kind": "User", "name": self.name }],
-        }))?;
         let how = PostParams::default();
-        ns.api().create(&how, &role).await.with_context(|| format!("create the Role {name}"))?;
-        ns.api().create(&how, &binding).await.with_context(|| format!("create the RoleBinding {name}"))?;
+        let (role, binding) = self.role("Role", json!({}), group, resource, verbs);
+        let role: Role = serde_json::from_value(role)?;
+        let binding: RoleBinding = serde_json::from_value(binding)?;
+        ns.api().create(&how, &role).await.context("create the Role")?;
+        ns.api().create(&how, &binding).await.context("create the RoleBinding")?;
+        self.await_granted(Some(ns), group, resource, verbs).await
+    }
+
+    /// As [`grant`](Self::grant), in all namespaces and for what is in none, until `ns` is removed.
+    ///
+    /// # Errors
+    /// When it cannot be granted.
+    pub async fn grant_everywhere(
+        &self,
+        ns: &Namespace,
+        group: &str,
+        resource: &str,
+        verbs: &[&str],
+    ) -> Result<()> {
+        let (client, how) = (ns.cluster().client(), PostParams::default());
+        let owned = json!({ "ownerReferences": [ns.owner_reference()?] });
+        let (role, binding) = self.role("ClusterRole", owned, group, resource, verbs);
+        let role: ClusterRole = serde_json::from_value(role)?;
+        let binding: ClusterRoleBinding = serde_json::from_value(binding)?;
+        Api::all(client.clone()).create(&how, &role).await.context("create the ClusterRole")?;
+        Api::all(client).create(&how, &binding).await.context("create the ClusterRoleBinding")?;
+        self.await_granted(None, group, resource, verbs).await
+    }
+
+    /// A role of that kind, and its binding to this user.
+    fn role(
+        &self,
+        kind: &str,
+        mut metadata: Value,
+        group: &str,
+        resource: &str,
+        verbs: &[&str],
+    ) -> (Value, Value) {
+        let name = format!("{}-{}", self.name, resource.replace('/', "-"));
+        let rbac = "rbac.authorization.k8s.io";
+        metadata["name"] = json!(name);
+        let role = json!({
+            "metadata": metadata,
+            "rules": [{ "apiGroups": [group], "resources": [resource], "verbs": verbs }],
+        });
+        let binding = json!({
+            "metadata": metadata,
+            "roleRef": { "apiGroup": rbac, "kind": kind, "name": name },
+            "subjects": [{ "apiGroup": rbac, "kind": "User", "name": self.name }],
+        });
+        (role, binding)
+    }
+
+    async fn await_granted(
+        &self,
+        ns: Option<&Namespace>,
+        group: &str,
+        resource: &str,
+        verbs: &[&str],
+    ) -> Result<()> {
         until(&format!("{} may {verbs:?} {resource}", self.name), async || {
             for verb in verbs {
                 if !self.may(ns, group, resource, verb).await? {
@@ -70,13 +118,13 @@ impl User {
     }
 
     /// Whether they may, as the API server answers themselves.
-    async fn may(&self, ns: &Namespace, group: &str, resource: &str, verb: &str) -> Result<bool> {
+    async fn may(&self, ns: Option<&Namespace>, group: &str, resource: &str, verb: &str) -> Result<bool> {
         let (resource, subresource) =
             resource.split_once('/').map_or((resource, None), |(of, sub)| (of, Some(sub.to_owned())));
         let review = SelfSubjectAccessReview {
             spec: SelfSubjectAccessReviewSpec {
                 resource_attributes: Some(ResourceAttributes {
-                    namespace: Some(ns.name().to_owned()),
+                    namespace: ns.map(|ns| ns.name().to_owned()),
                     group: Some(group.to_owned()),
                     resource: Some(resource.to_owned()),
                     subresource,

@@ -154,12 +154,12 @@ fn load(changes: &[(&str, &str, &str)]) -> String {
         lines.push(format!(r#"  {metric}{{{labels}pod="{agent}"}} {samples}"#));
     };
     for (metric, samples) in HEALTHY {
-        let changed =
+        let others =
             changes.iter().filter(|(change, ..)| metric.strip_prefix("sts_backup_") == Some(*change));
-        if changed.clone().next().is_none() {
+        if others.clone().next().is_none() {
             add(metric, "a", samples);
         }
-        for (_, agent, samples) in changed {
+        for (_, agent, samples) in others {
             add(metric, agent, samples);
         }
     }

@@ -7,7 +7,7 @@ use kube::api::{Patch, PatchParams};
 use serde_json::{Value, json};
 use sts_backup_api::backup::{GROUP, StatefulSetBackup};
 use sts_backup_e2e::kit::manifest::{create, manifest, refusal_of};
-use sts_backup_e2e::kit::{Cluster, Namespace, User, with_temp_namespaces};
+use sts_backup_e2e::kit::{Cluster, Namespace, User, policy, with_temp_namespaces};
 
 const BACKUPS: &str = "statefulsetbackups";
 
@@ -110,6 +110,32 @@ async fn who_may_not_exec_changes_no_hooks_but_all_else_of_a_backup() -> Result<
         }
         let without = json!({ "spec": { "preBackupHook": null } });
         patch(without).await.context("hooks were not to be taken away")?;
+        Ok(())
+    })
+    .await
+}
+
+#[tokio::test]
+#[ignore = "needs clusters: cargo e2e test"]
+async fn hooks_of_a_policy_are_admitted_only_of_who_may_exec_everywhere() -> Result<()> {
+    with_writer(async |writer, own, _| {
+        writer.grant_everywhere(own, GROUP, "statefulsetbackuppolicies", &["create"]).await?;
+        let of = |template: &Value| policy::manifest(own, own.name(), &json!({ "template": template }));
+        let hooked = of(&json!({ "spec": hook("preBackupHook") }));
+        for without in [json!({ "spec": {} }), json!({ "spec": {}, "hookProfile": "postgres" })] {
+            let said = refusal_of(writer, own, &of(&without)).await?;
+            ensure!(said.is_none(), "{said:?}");
+        }
+        writer.grant(own, "", "pods/exec", &["create"]).await?;
+        let said = refusal_of(writer, own, &hooked).await?.context("one namespace is not all")?;
+        ensure!(
+            said.contains(&format!("{} may not create pods/exec in all namespaces", writer.name())),
+            "{said}"
+        );
+
+        writer.grant_everywhere(own, "", "pods/exec", &["create"]).await?;
+        let said = refusal_of(writer, own, &hooked).await?;
+        ensure!(said.is_none(), "{said:?}");
         Ok(())
     })
     .await
