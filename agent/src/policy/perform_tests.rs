@@ -33,10 +33,11 @@ fn server(read: (u16, Value), write: (u16, Value)) -> (Client, Arc<Mutex<Vec<Ask
 }
 
 fn refusal(code: u16) -> (u16, Value) {
-    (
-        code,
-        json!({ "kind": "Status", "apiVersion": "v1", "status": "Failure", "code": code, "message": "no" }),
-    )
+    let reason = if code == 404 { "NotFound" } else { "Other" };
+    let status = json!({
+        "kind": "Status", "apiVersion": "v1", "status": "Failure", "code": code, "reason": reason, "message": "no",
+    });
+    (code, status)
 }
 
 /// A backup's metadata, which a policy of that uid owns.
