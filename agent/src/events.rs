@@ -26,18 +26,18 @@ const CLUSTER_NAMESPACE: &str = "default";
 pub(crate) struct Note {
     /// `Normal` or `Warning`.
     pub(crate) kind: &'static str,
-    pub(crate) reason: String,
+    pub(crate) reason: &'static str,
     pub(crate) action: &'static str,
     pub(crate) message: String,
 }
 
 impl Note {
-    pub(crate) fn normal(reason: &str, action: &'static str, message: String) -> Self {
-        Self { kind: "Normal", reason: reason.to_owned(), action, message }
+    pub(crate) fn normal(reason: &'static str, action: &'static str, message: String) -> Self {
+        Self { kind: "Normal", reason, action, message }
     }
 
-    pub(crate) fn warning(reason: &str, action: &'static str, message: String) -> Self {
-        Self { kind: "Warning", reason: reason.to_owned(), action, message }
+    pub(crate) fn warning(reason: &'static str, action: &'static str, message: String) -> Self {
+        Self { kind: "Warning", reason, action, message }
     }
 }
 
@@ -54,7 +54,7 @@ pub(crate) async fn publish(client: Client, reporter: &Reporter, about: ObjectRe
         },
         event_time: Some(MicroTime(clock::now())),
         type_: Some(kind.to_owned()),
-        reason: Some(reason.clone()),
+        reason: Some(reason.to_owned()),
         action: Some(action.to_owned()),
         note: Some(message),
         regarding: Some(about),

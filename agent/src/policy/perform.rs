@@ -128,3 +128,7 @@ pub(super) async fn write_status(
     let written = written.map(drop).map_err(Error::request(operation));
     outdated_if(written, |err| err.is_conflict() || err.is_not_found())
 }
+
+#[cfg(test)]
+#[path = "perform_tests.rs"]
+mod tests;

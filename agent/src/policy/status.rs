@@ -3,7 +3,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use jiff::Timestamp;
-use sts_backup_api::conditions::{self, APPLIED, NAME_TAKEN, READY};
+use sts_backup_api::conditions::{
+    self, APPLIED, HOOK_PROFILE_NOT_FOUND, INVALID_SCHEDULE, INVALID_SELECTOR, NAME_TAKEN, READY,
+};
 use sts_backup_api::coverage::SetName;
 use sts_backup_api::policy::{
     MAX_LISTED_CONFLICTS, MAX_LISTED_NAMES, PolicyConflict, StatefulSetBackupPolicyStatus,
@@ -171,16 +173,19 @@ pub(super) fn write_notes(plan: &PolicyPlan<'_>, results: &Results) -> Vec<Note>
         let (namespace, name) = step.key();
         list.push(SetName { namespace, name });
     }
-    let notes = [
-        ("BackupsCreated", "Create", "created", &created),
-        ("BackupsUpdated", "Update", "updated to the template", &updated),
-        ("BackupsRemoved", "Remove", "removed, with its recovery points left as they are", &deleted),
-    ];
+    let mut notes = Vec::new();
+    if !created.is_empty() {
+        notes.push(Note::normal("BackupsCreated", "Create", format!("created: {}", some(&created))));
+    }
+    if !updated.is_empty() {
+        let message = format!("updated to the template: {}", some(&updated));
+        notes.push(Note::normal("BackupsUpdated", "Update", message));
+    }
+    if !deleted.is_empty() {
+        let message = format!("removed, with their recovery points left as they are: {}", some(&deleted));
+        notes.push(Note::normal("BackupsRemoved", "Remove", message));
+    }
     notes
-        .into_iter()
-        .filter(|(.., names)| !names.is_empty())
-        .map(|(reason, action, what, names)| Note::normal(reason, action, format!("{what}: {}", some(names))))
-        .collect()
 }
 
 /// The Events about what has changed in the status.
@@ -194,10 +199,8 @@ pub(super) fn change_notes(
             conditions::find(&status.conditions, type_).map(|condition| condition.reason.clone())
         };
         let Some(condition) = conditions::find(&new.conditions, type_) else { continue };
-        // The one of Ready says why nothing is applied; what is waited for comes and goes.
-        let is_said = type_ == READY || matches!(condition.reason.as_str(), WRITE_FAILED | NAME_TAKEN);
-        if condition.status == "False" && is_said && reason(old).as_ref() != Some(&condition.reason) {
-            notes.push(Note::warning(&condition.reason, "Refuse", condition.message.clone()));
+        if condition.status == "False" && reason(old).as_ref() != Some(&condition.reason) {
+            notes.extend(refusal(type_, &condition.reason, condition.message.clone()));
         }
     }
     for conflict in &new.conflicts {
@@ -214,6 +217,19 @@ pub(super) fn change_notes(
         }
     }
     notes
+}
+
+/// The Event about a condition that became false.
+fn refusal(type_: &str, reason: &str, message: String) -> Option<Note> {
+    match (type_, reason) {
+        (READY, HOOK_PROFILE_NOT_FOUND) => Some(Note::warning(HOOK_PROFILE_NOT_FOUND, "Refuse", message)),
+        (READY, INVALID_SCHEDULE) => Some(Note::warning(INVALID_SCHEDULE, "Refuse", message)),
+        (READY, INVALID_SELECTOR) => Some(Note::warning(INVALID_SELECTOR, "Refuse", message)),
+        (APPLIED, NAME_TAKEN) => Some(Note::warning(NAME_TAKEN, "Create", message)),
+        (APPLIED, WRITE_FAILED) => Some(Note::warning(WRITE_FAILED, "Write", message)),
+        // Why nothing is applied the other condition says; what is waited for comes and goes.
+        _ => None,
+    }
 }
 
 fn count(count: usize) -> i64 {
