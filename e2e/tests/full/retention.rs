@@ -133,7 +133,7 @@ async fn what_an_agent_that_dies_has_not_pruned_the_next_one_does() -> Result<()
             let failing = LocalAgentConfig::new(ns, "failing").short_lease().failpoints(failpoint);
             let mut failing = LocalAgent::start(&failing).await?;
             ensure!(failing.wait_exit().await?.code().is_none(), "the agent did not die at {failpoint}");
-            let points: BTreeSet<_> = backup.snapshots().await?.into_iter().map(run_of).collect();
+            let points: BTreeSet<_> = backup.snapshots().await?.iter().map(run_of).collect();
             ensure!(points.len() == left, "{failpoint}: {points:?}");
         }
         let _agent = start_agent(ns, 0).await?;
@@ -144,6 +144,6 @@ async fn what_an_agent_that_dies_has_not_pruned_the_next_one_does() -> Result<()
     .await
 }
 
-fn run_of(snapshot: VolumeSnapshot) -> Option<String> {
+fn run_of(snapshot: &VolumeSnapshot) -> Option<String> {
     snapshot.labels().get(RUN_LABEL).cloned()
 }

@@ -43,11 +43,11 @@ async fn a_point_on_hold_stays_until_it_is_released() -> Result<()> {
         let held = backup.await_runs(1).await?.id;
         let member = backup.snapshots_of(&held).await?.remove(0).name_any();
         let snapshots: Api<VolumeSnapshot> = ns.api();
-        let hold = async |value: Option<&str>| {
+        let set_label = async |value: Option<&str>| {
             let patch = Patch::Merge(json!({ "metadata": { "labels": { HOLD_LABEL: value } } }));
             snapshots.patch(&member, &PatchParams::default(), &patch).await
         };
-        hold(Some("true")).await?;
+        set_label(Some("true")).await?;
         backup.request("second").await?;
         let second = backup.await_runs(2).await?.id;
         backup.await_points(&[second, held.clone()]).await?;
@@ -56,7 +56,7 @@ async fn a_point_on_hold_stays_until_it_is_released() -> Result<()> {
         backup.await_points(&[third.clone(), held.clone()]).await?;
         let status = backup.status().await?;
         ensure!(status.recovery_points.iter().all(|point| point.hold == (point.id == held)), "{status:?}");
-        hold(None).await?;
+        set_label(None).await?;
         backup.await_points(&[third]).await
     })
     .await
