@@ -18,6 +18,7 @@ use crate::backup;
 use crate::config::Config;
 use crate::lease::{Elector, Leadership};
 use crate::metrics::{Health, Metrics, ServeError, Server, encode_gauge};
+use crate::policy;
 use crate::telemetry::chain;
 
 #[cfg(test)]
@@ -148,7 +149,7 @@ pub async fn run(config: Config, ends: Ends) -> Result<(), AppError> {
 
 /// The controllers: they run until `stop`, and end when every database they froze is thawed.
 async fn control(context: Context, stop: CancellationToken) {
-    backup::run(context, stop).await;
+    tokio::join!(backup::run(context.clone(), stop.clone()), policy::run(context, stop));
 }
 
 /// The agent, listening but not connected yet.

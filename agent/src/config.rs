@@ -12,9 +12,12 @@ use std::time::Duration;
 use figment::Figment;
 use serde::{Deserialize, Serialize};
 
+pub use self::hook_profiles::HookProfile;
+use self::hook_profiles::WrittenHookProfile;
 use self::layers::{Layer, origin_of, unusable};
 use crate::telemetry;
 
+mod hook_profiles;
 mod layers;
 #[cfg(test)]
 mod tests;
@@ -40,6 +43,8 @@ pub struct Config {
     pub concurrent_reconciles: u16,
     /// How much of the storage the backups may take at once.
     pub limits: Limits,
+    /// Hooks that policies name.
+    pub hook_profiles: BTreeMap<String, HookProfile>,
 }
 
 /// The most snapshots that may be under way, each from its order until it is ready; at least 1.
@@ -169,7 +174,7 @@ pub enum ConfigError {
     #[error("{key} = {value} ({origin}): {reason}; {remedy}")]
     Value {
         /// The key, with its table.
-        key: &'static str,
+        key: String,
         /// The refused value.
         value: String,
         /// The layer that it comes from.
@@ -194,6 +199,8 @@ struct Written {
     concurrent_reconciles: i64,
     lease: WrittenLease,
     limits: WrittenLimits,
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    hook_profiles: BTreeMap<String, WrittenHookProfile>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -231,6 +238,7 @@ impl Written {
                 retry_seconds: 2,
             },
             limits: WrittenLimits { snapshots: 500, snapshots_per_driver: 100 },
+            hook_profiles: BTreeMap::new(),
         }
     }
 }
@@ -261,7 +269,7 @@ impl Config {
     /// The configuration as a file that gives it again.
     ///
     /// # Panics
-    /// Never: strings, numbers and one table are always TOML.
+    /// Never: strings, numbers, lists and tables are always TOML.
     #[must_use]
     pub fn to_toml(&self) -> String {
         let Self {
@@ -274,6 +282,7 @@ impl Config {
             shutdown,
             concurrent_reconciles,
             limits,
+            hook_profiles,
         } = self;
         let number = |number: usize| i64::try_from(number).unwrap_or(i64::MAX);
         let LeaseConfig { name, duration, renew_deadline, retry } = lease;
@@ -296,8 +305,12 @@ impl Config {
                 snapshots: number(limits.cluster),
                 snapshots_per_driver: number(limits.driver),
             },
+            hook_profiles: hook_profiles
+                .iter()
+                .map(|(name, profile)| (name.clone(), WrittenHookProfile::of(profile)))
+                .collect(),
         };
-        toml::to_string(&written).expect("strings, numbers and one table are always TOML")
+        toml::to_string(&written).expect("strings, numbers, lists and tables are always TOML")
     }
 }
 
@@ -318,6 +331,7 @@ impl Checks<'_> {
             concurrent_reconciles,
             lease,
             limits,
+            hook_profiles,
         } = written;
         let listen = listen.parse().map_err(|_| {
             let remedy = "write them as 0.0.0.0:9090 or [::]:9090; a host name is not looked up";
@@ -349,11 +363,15 @@ impl Checks<'_> {
                 cluster: self.number("limits.snapshots", limits.snapshots)?,
                 driver: self.number("limits.snapshots_per_driver", limits.snapshots_per_driver)?,
             },
+            hook_profiles: hook_profiles
+                .into_iter()
+                .map(|(name, profile)| Ok((name.clone(), profile.check(&name, self)?)))
+                .collect::<Result<_, ConfigError>>()?,
         })
     }
 
     /// A number that is no limit when it is large.
-    fn number(&self, key: &'static str, value: i64) -> Result<usize, ConfigError> {
+    fn number(&self, key: &str, value: i64) -> Result<usize, ConfigError> {
         self.within(key, value, 1..=1_000_000).map(|value| usize::try_from(value).unwrap_or(usize::MAX))
     }
 
@@ -385,11 +403,11 @@ impl Checks<'_> {
     }
 
     /// A span of at least a second and at most an hour.
-    fn seconds(&self, key: &'static str, value: i64) -> Result<Duration, ConfigError> {
+    fn seconds(&self, key: &str, value: i64) -> Result<Duration, ConfigError> {
         self.within(key, value, 1..=3600).map(Duration::from_secs)
     }
 
-    fn within(&self, key: &'static str, value: i64, range: RangeInclusive<i64>) -> Result<u64, ConfigError> {
+    fn within(&self, key: &str, value: i64, range: RangeInclusive<i64>) -> Result<u64, ConfigError> {
         let (least, most) = (*range.start(), *range.end());
         u64::try_from(value).ok().filter(|_| range.contains(&value)).ok_or_else(|| {
             let reason = format!("it is not from {least} to {most}");
@@ -402,9 +420,9 @@ impl Checks<'_> {
         })
     }
 
-    fn refuse(&self, key: &'static str, value: &str, reason: &str, remedy: &str) -> ConfigError {
+    fn refuse(&self, key: &str, value: &str, reason: &str, remedy: &str) -> ConfigError {
         ConfigError::Value {
-            key,
+            key: key.to_owned(),
             value: value.to_owned(),
             origin: origin_of(key, self.layers.find_metadata(key)),
             reason: reason.to_owned(),

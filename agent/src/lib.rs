@@ -4,7 +4,8 @@
 //!
 //! [`app`] puts the parts together: [`config`] is what the agent is told, [`telemetry`] how it logs, [`metrics`]
 //! what it shows over HTTP, [`lease`] which replica acts, and [`clock`] the only place that asks for the time.
-//! `backup` is the controller of backups, [`hooks`] runs commands in pods for it.
+//! `backup` is the controller of backups, [`hooks`] runs commands in pods for it. `policy` is the controller of
+//! policies, which makes backups.
 //! [`plugin`] is another program: the commands of kubectl-stsbackup.
 
 /// Names a boundary between two steps. With the feature `failpoints` the process ends there, as by SIGKILL, when
@@ -19,8 +20,10 @@ pub mod app;
 mod backup;
 pub mod clock;
 pub mod config;
+mod events;
 pub mod hooks;
 pub mod lease;
 pub mod metrics;
 pub mod plugin;
+mod policy;
 pub mod telemetry;

@@ -12,12 +12,21 @@ pub const LAST_BACKUP_SUCCEEDED: &str = "LastBackupSucceeded";
 /// No pod is known to be frozen. Absent until a run has frozen any.
 pub const THAWED: &str = "Thawed";
 
+/// Every `StatefulSet` that a policy is to back up has its backup as the template says.
+pub const APPLIED: &str = "Applied";
+
 /// A reason: the `StatefulSet` is in a namespace that does not let this one in.
 pub const NAMESPACE_NOT_GRANTED: &str = "NamespaceNotGranted";
 /// A reason: the `StatefulSet` does not exist.
 pub const STATEFUL_SET_NOT_FOUND: &str = "StatefulSetNotFound";
 /// A reason: the schedule, its time zone or its spread cannot be used.
 pub const INVALID_SCHEDULE: &str = "InvalidSchedule";
+/// A reason: the agent's configuration has no hooks under the name that the policy gives.
+pub const HOOK_PROFILE_NOT_FOUND: &str = "HookProfileNotFound";
+/// A reason: a label selector cannot be used.
+pub const INVALID_SELECTOR: &str = "InvalidSelector";
+/// A reason: an object that is not the policy's has the name of one of its backups.
+pub const NAME_TAKEN: &str = "NameTaken";
 /// A reason: the agent that ran the hooks was stopped, or died.
 pub const INTERRUPTED: &str = "Interrupted";
 /// A reason: the object was deleted.

@@ -4,8 +4,10 @@
 
 pub mod backup;
 pub mod conditions;
+pub mod coverage;
 pub mod names;
 pub mod points;
+pub mod policy;
 pub mod run;
 pub mod schedule;
 pub mod snapshot;

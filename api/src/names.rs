@@ -37,6 +37,9 @@ pub const EXCLUDE_ANNOTATION: &str = "backup.sts-backup.io/exclude";
 /// On a `StatefulSetBackup`: the policy that it was made by.
 pub const FROM_POLICY_LABEL: &str = "backup.sts-backup.io/from-policy";
 
+/// On a `StatefulSetBackup` that a policy made: a hash of the template that it was last written from.
+pub const TEMPLATE_HASH_ANNOTATION: &str = "backup.sts-backup.io/template-hash";
+
 /// On a snapshot: the claim that it is of.
 pub const CLAIM_ANNOTATION: &str = "backup.sts-backup.io/pvc";
 
@@ -82,10 +85,24 @@ pub fn snapshot_name(claim: &str, run: &RunId) -> String {
     format!("{}{tail}", head.trim_end_matches(['-', '.']))
 }
 
+/// The longest name of an object that is a label value.
+const MAX_LABEL_VALUE: usize = 63;
+
+/// The name of a policy's backup of a `StatefulSet`, in the namespace of that.
+///
+/// It ends with a part of the hash of both names, and what is before that is cut where it is too long.
+#[must_use]
+pub fn policy_backup_name(policy: &str, stateful_set: &str) -> String {
+    let tail = format!("-{}", short_hash(&[policy, stateful_set]));
+    let head = format!("{policy}-{stateful_set}");
+    let head = &head[..head.floor_char_boundary(MAX_LABEL_VALUE - tail.len())];
+    format!("{}{tail}", head.trim_end_matches(['-', '.']))
+}
+
 /// Eight hexadecimal digits of the SHA-256 of the parts, each ended by a zero byte, so that no two lists of
 /// parts mean the same.
 #[must_use]
-pub(crate) fn short_hash(parts: &[&str]) -> String {
+pub fn short_hash(parts: &[&str]) -> String {
     let mut hasher = Sha256::new();
     for part in parts {
         hasher.update(part.as_bytes());
@@ -112,6 +129,24 @@ mod tests {
         assert_ne!(one, two);
         assert!(one.len() <= MAX_NAME && two.len() <= MAX_NAME);
         assert!(one.ends_with("-20260102-030405-0badcafe"));
+    }
+
+    #[test]
+    fn a_policy_s_backup_is_named_by_policy_and_stateful_set() {
+        assert_eq!(policy_backup_name("gold", "db"), "gold-db-dd4f4782");
+        assert_ne!(policy_backup_name("a-b", "c"), policy_backup_name("a", "b-c"));
+    }
+
+    #[test]
+    fn long_names_give_different_backup_names_that_are_label_values() {
+        let (policy, set) = ("p".repeat(63), "s".repeat(200));
+        let names = ["1", "2"].map(|end| policy_backup_name(&policy, &format!("{set}{end}")));
+        assert_ne!(names[0], names[1]);
+        assert!(names.iter().all(|name| name.len() == 63), "{names:?}");
+        // What is cut may not leave a name that no object can have.
+        let name = policy_backup_name(&"p".repeat(53), "db");
+        assert_eq!(name.len(), 62, "{name}");
+        assert!(!name.contains("--"), "{name}");
     }
 
     #[test]

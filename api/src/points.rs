@@ -13,8 +13,8 @@ use kube::ResourceExt;
 use crate::names::{
     CONSISTENCY_ANNOTATION, HOLD_LABEL, REPLICAS_ANNOTATION, RUN_LABEL, TIME_ANNOTATION, VOLUMES_ANNOTATION,
 };
-use crate::run::{Consistency, RecoveryPoint, RunId};
-use crate::snapshot::VolumeSnapshot;
+use crate::run::{Consistency, RecoveryPoint, RunId, RunRecord, RunResult};
+use crate::snapshot::{SOURCE_PROTECTION_FINALIZER, VolumeSnapshot};
 
 /// The recovery points that the snapshots of one `StatefulSetBackup` amount to, newest first; snapshots without
 /// a run label, and those that are being deleted, do not count.
@@ -33,6 +33,23 @@ pub fn recovery_points<'a>(snapshots: impl IntoIterator<Item = &'a VolumeSnapsho
     }
     let mut points: Vec<_> = runs.into_iter().map(|(run, members)| recovery_point(run, &members)).collect();
     points.sort_by(|one, other| other.time.cmp(&one.time).then_with(|| other.id.cmp(&one.id)));
+    points
+}
+
+/// The recovery points that snapshots amount to, as [`recovery_points`] says, where the finished runs are known.
+///
+/// A snapshot that was created for a run just before its agent died can appear after the clean-up: it does not make the
+/// point of a failed run complete.
+#[must_use]
+pub fn points_of<'a>(
+    snapshots: impl IntoIterator<Item = &'a VolumeSnapshot>,
+    history: &[RunRecord],
+) -> Vec<RecoveryPoint> {
+    let mut points = recovery_points(snapshots);
+    for point in &mut points {
+        let failed = history.iter().any(|run| run.id == point.id && run.result == RunResult::Failed);
+        point.complete &= !failed;
+    }
     points
 }
 
@@ -62,9 +79,7 @@ fn recovery_point(run: &str, members: &[&VolumeSnapshot]) -> RecoveryPoint {
             Consistency::CrashPerVolume
         },
         size_bytes: sizes.filter_map(|size| bytes(&size.0)).fold(0, i64::saturating_add),
-        hold: members
-            .iter()
-            .any(|snapshot| snapshot.labels().get(HOLD_LABEL).is_some_and(|hold| hold == "true")),
+        hold: members.iter().any(|snapshot| is_held(snapshot)),
     }
 }
 
@@ -82,13 +97,16 @@ pub fn is_ready(snapshot: &VolumeSnapshot) -> bool {
     snapshot.status.as_ref().and_then(|status| status.ready_to_use) == Some(true)
 }
 
-/// Whether a claim is being made from the snapshot right now.
+/// Whether a volume is being made from the snapshot, as far as csi-provisioner says so: [`SOURCE_PROTECTION_FINALIZER`].
 #[must_use]
 pub fn is_in_use(snapshot: &VolumeSnapshot) -> bool {
-    snapshot
-        .finalizers()
-        .iter()
-        .any(|finalizer| finalizer == "provisioner.storage.kubernetes.io/volumesnapshot-as-source-protection")
+    snapshot.finalizers().iter().any(|finalizer| finalizer == SOURCE_PROTECTION_FINALIZER)
+}
+
+/// Whether somebody holds the snapshot, and with it its whole recovery point.
+#[must_use]
+pub fn is_held(snapshot: &VolumeSnapshot) -> bool {
+    snapshot.labels().get(HOLD_LABEL).is_some_and(|hold| hold == "true")
 }
 
 fn annotation<'a>(snapshot: &'a VolumeSnapshot, name: &str) -> Option<&'a str> {
@@ -191,6 +209,49 @@ mod tests {
         let point = &recovery_points(&uncounted)[0];
         assert!(!point.complete);
         assert_eq!(point.consistency, Consistency::CrashPerVolume);
+    }
+
+    #[test]
+    fn the_point_of_a_failed_run_is_not_complete_whatever_appears() {
+        let whole =
+            [snapshot("r", 0, "2026-01-01T00:00:00Z", true), snapshot("r", 1, "2026-01-01T00:00:00Z", true)];
+        let ended = |run: &str, result: &str| -> RunRecord {
+            serde_json::from_value(json!({
+                "id": run, "slot": { "due": "Creation", "value": "x", "attempt": 1 }, "durationMs": 1,
+                "started": "2026-01-01T00:00:00.000000Z", "result": result, "reason": result, "message": "",
+            }))
+            .unwrap()
+        };
+        for (history, complete) in [
+            (ended("r", "Failed"), false),
+            (ended("r", "Completed"), true),
+            (ended("another", "Failed"), true),
+        ] {
+            assert_eq!(points_of(&whole, &[history.clone()])[0].complete, complete, "{history:?}");
+        }
+    }
+
+    #[test]
+    fn a_hold_is_the_label_with_true_and_one_member_holds_the_point() {
+        let mut members =
+            [snapshot("r", 0, "2026-01-01T00:00:00Z", true), snapshot("r", 1, "2026-01-01T00:00:00Z", true)];
+        assert!(!recovery_points(&members)[0].hold);
+        members[1].labels_mut().insert(HOLD_LABEL.to_owned(), "false".to_owned());
+        assert!(!recovery_points(&members)[0].hold);
+        members[1].labels_mut().insert(HOLD_LABEL.to_owned(), "true".to_owned());
+        assert!(recovery_points(&members)[0].hold);
+    }
+
+    #[test]
+    fn only_the_provisioner_s_finalizer_tells_that_a_volume_is_being_made() {
+        let mut source = snapshot("r", 0, "2026-01-01T00:00:00Z", true);
+        source.finalizers_mut().extend([
+            "snapshot.storage.kubernetes.io/volumesnapshot-as-source-protection".to_owned(),
+            "snapshot.storage.kubernetes.io/volumesnapshot-bound-protection".to_owned(),
+        ]);
+        assert!(!is_in_use(&source));
+        source.finalizers_mut().push(SOURCE_PROTECTION_FINALIZER.to_owned());
+        assert!(is_in_use(&source));
     }
 
     #[test]

@@ -183,6 +183,12 @@ impl Timetable {
         Some(Duration::from_secs((self.next(next)? - next).unsigned_abs()))
     }
 
+    /// The smallest time between two slots, by the wall clock; none: there is at most one.
+    #[must_use]
+    pub fn smallest_gap(&self) -> Option<Duration> {
+        self.pattern.smallest_gap().map(|gap| Duration::from_secs(gap.unsigned_abs()))
+    }
+
     /// How late the run of a slot may begin, seconds.
     fn deadline(&self, slot: i64) -> i64 {
         self.deadline.unwrap_or_else(|| {

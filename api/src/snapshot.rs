@@ -183,6 +183,15 @@ impl Resource for VolumeSnapshotClass {
     }
 }
 
+/// On a `VolumeSnapshot`, by csi-provisioner from version 6.2, where it may update snapshots: a volume is being made
+/// from it. A claim that was deleted before it was bound leaves it there; from 6.3 it is swept every 5 minutes.
+///
+/// `snapshot.storage.kubernetes.io/volumesnapshot-as-source-protection` looks alike and says nothing: the
+/// snapshot-controller puts it on every snapshot.
+/// <https://github.com/kubernetes-csi/external-provisioner/blob/v6.4.0/pkg/controller/controller.go>
+pub const SOURCE_PROTECTION_FINALIZER: &str =
+    "provisioner.storage.kubernetes.io/volumesnapshot-as-source-protection";
+
 /// On a `VolumeSnapshotClass`, with the value `"true"`: the default class of its driver.
 pub const DEFAULT_CLASS_ANNOTATION: &str = "snapshot.storage.kubernetes.io/is-default-class";
 

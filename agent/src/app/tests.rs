@@ -1,3 +1,5 @@
+use std::collections::BTreeSet;
+
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::task::JoinHandle;
@@ -214,6 +216,58 @@ async fn a_leader_is_ready_and_says_so_until_it_is_asked_to_end() {
     };
     let result = app.run(clients(&api), ends, control).await;
     assert!(result.is_ok(), "{result:?}");
+}
+
+/// The families of an exposition: their name as it is scraped, their type and what they mean.
+fn families(exposition: &str) -> BTreeSet<[String; 3]> {
+    let of = |what: &str| {
+        let lines = exposition.lines().filter_map(move |line| line.strip_prefix(what)?.split_once(' '));
+        lines.map(|(name, told)| (name.to_owned(), told.to_owned())).collect::<Vec<_>>()
+    };
+    let (helps, types) = (of("# HELP "), of("# TYPE "));
+    assert_eq!(helps.len(), types.len(), "{exposition}");
+    let families = helps.into_iter().zip(types).map(|((name, help), (_, kind))| {
+        let suffix = match kind.as_str() {
+            "counter" => "_total",
+            "info" => "_info",
+            _ => "",
+        };
+        // Every help ends with a full stop, which the encoder sets.
+        [name + suffix, kind, help.trim_end_matches('.').to_owned()]
+    });
+    families.collect()
+}
+
+#[tokio::test]
+async fn the_docs_list_exactly_the_metrics_that_a_leader_shows() {
+    let page = include_str!("../../../docs/metrics.md");
+    let rows = page.lines().filter(|line| line.starts_with("| `"));
+    let documented: BTreeSet<[String; 3]> = rows
+        .map(|row| {
+            let cells: Vec<_> = row.trim_matches('|').split('|').map(str::trim).collect();
+            let [name, kind, meaning] = cells.try_into().expect("three cells");
+            [name.trim_matches('`'), kind, meaning].map(str::to_owned)
+        })
+        .collect();
+
+    let (api, ends) = (FakeApi::new(), Ends::default());
+    let mut config = config::load(None, &[].into(), &Flags::default()).expect("defaults");
+    config.listen = "127.0.0.1:0".parse().expect("an address");
+    let app = App::bind(config).await.expect("a free port");
+    let address = app.address();
+    let shutdown = ends.shutdown.clone();
+    let (scraped, exposition) = tokio::sync::oneshot::channel();
+    // The controllers register what they show before anything else.
+    let control = move |context: Context, stop: CancellationToken| async move {
+        let scrape = async {
+            scraped.send(get(address, "/metrics").await).expect("the test waits");
+            shutdown.cancel();
+        };
+        tokio::join!(super::control(context, stop), scrape);
+    };
+    let result = app.run(clients(&api), ends, control).await;
+    assert!(result.is_ok(), "{result:?}");
+    assert_eq!(families(&exposition.await.expect("scraped")), documented);
 }
 
 #[test]

@@ -2,33 +2,21 @@
 //! has a run of which `StatefulSet`. Everything else is in the cluster.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
 
 use dashmap::DashMap;
-use k8s_openapi::api::events::v1::Event;
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::{MicroTime, ObjectMeta};
-use kube::api::PostParams;
 use kube::runtime::events::Reporter;
 use kube::runtime::reflector::{ObjectRef, Store};
-use kube::{Api, Client, Resource, ResourceExt};
+use kube::{Client, Resource, ResourceExt};
 use sts_backup_api::backup::StatefulSetBackup;
 use sts_backup_api::run::CurrentRun;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use tracing::{debug, warn};
 
 use super::metrics::BackupMetrics;
 use super::queue::Queue;
-use super::status::Note;
+use crate::events::{self, Note};
 use crate::lease::Leadership;
-use crate::{clock, telemetry};
-
-/// The longest note that the API server admits in an Event, bytes.
-const MAX_NOTE: usize = 1024;
-
-/// How long an Event may take, also at the end of the process: it is not worth more.
-const EVENT_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// A `StatefulSet`: namespace and name.
 type SetName = (String, String);
@@ -107,39 +95,9 @@ impl Context {
         (holder != ObjectRef::from_obj(backup) && self.backups.get(&holder).is_some()).then_some(holder.name)
     }
 
-    /// Publishes an Event about a backup, beside what is going on. Each is an object of its own: kube's recorder would
-    /// count the next one of the same reason as a repetition, and keep the first one's words.
+    /// Publishes an Event about a backup, beside what is going on.
     pub(super) fn publish(&self, backup: &StatefulSetBackup, note: Note) {
-        let Note { kind, reason, action, mut message } = note;
-        message.truncate(message.floor_char_boundary(MAX_NOTE));
-        let namespace = backup.namespace().unwrap_or_default();
-        let event = Event {
-            metadata: ObjectMeta {
-                generate_name: Some(format!("{}-", backup.name_any())),
-                ..ObjectMeta::default()
-            },
-            event_time: Some(MicroTime(clock::now())),
-            type_: Some(kind.to_owned()),
-            reason: Some(reason.to_owned()),
-            action: Some(action.to_owned()),
-            note: Some(message),
-            regarding: Some(backup.object_ref(&())),
-            reporting_controller: Some(self.reporter.controller.clone()),
-            reporting_instance: self.reporter.instance.clone(),
-            ..Event::default()
-        };
-        let events: Api<Event> = Api::namespaced(self.exec.clone(), &namespace);
-        self.tasks.spawn(async move {
-            let created =
-                tokio::time::timeout(EVENT_TIMEOUT, events.create(&PostParams::default(), &event)).await;
-            match created {
-                Ok(Ok(_)) | Err(_) => {}
-                // As in a namespace that is being deleted.
-                Ok(Err(kube::Error::Api(status))) if status.code == 403 || status.code == 404 => {
-                    debug!(reason, "event not published");
-                }
-                Ok(Err(err)) => warn!(error = %telemetry::chain(&err), reason, "event not published"),
-            }
-        });
+        let (client, reporter, about) = (self.exec.clone(), self.reporter.clone(), backup.object_ref(&()));
+        self.tasks.spawn(async move { events::publish(client, &reporter, about, note).await });
     }
 }

@@ -33,7 +33,12 @@ pub(super) struct Missed {
 pub(super) fn due(facts: &BackupFacts, now: Timestamp) -> Result<Due, ScheduleError> {
     let look = look(facts, now)?;
     let status = &facts.status;
-    let again = || status.history.first()?.next_attempt();
+    let again = || {
+        let last = status.history.first()?;
+        // Not once a later time was dealt with: what is due is newer then, or was not wanted any more.
+        let is_newest = status.last_schedule_time.as_ref().is_none_or(|time| time.0 <= last.started.0);
+        last.next_attempt().filter(|_| is_newest)
+    };
     if let Some(slot) = requested(facts).map(Slot::request).or_else(again) {
         return Ok(Due { slot: Some(slot), missed: Missed::default() });
     }
@@ -98,3 +103,7 @@ pub(super) fn begins_anew(facts: &BackupFacts, now: Timestamp) -> bool {
     let is_announced = status.next_schedule_time.as_ref().is_some_and(|next| next.0 <= now);
     is_edited && !is_announced && has_schedule(facts)
 }
+
+#[cfg(test)]
+#[path = "due_tests.rs"]
+mod tests;

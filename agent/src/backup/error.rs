@@ -27,7 +27,7 @@ pub(crate) type Result<T> = std::result::Result<T, Error>;
 
 impl Error {
     /// Turns kube's error into ours.
-    pub(super) fn request(operation: &'static str) -> impl FnOnce(kube::Error) -> Self {
+    pub(crate) fn request(operation: &'static str) -> impl FnOnce(kube::Error) -> Self {
         move |source| Self::Request { operation, source }
     }
 
@@ -40,23 +40,23 @@ impl Error {
     }
 
     /// Somebody else wrote meanwhile: look again.
-    pub(super) fn is_conflict(&self) -> bool {
+    pub(crate) fn is_conflict(&self) -> bool {
         self.code() == Some(409)
     }
 
     /// The object is gone.
-    pub(super) fn is_not_found(&self) -> bool {
+    pub(crate) fn is_not_found(&self) -> bool {
         self.code() == Some(404)
     }
 
     /// Whether the same request may succeed later without anybody changing anything: no answer, an overloaded or
     /// a failing server. What is refused for its content or for want of permission needs somebody.
-    pub(super) fn is_transient(&self) -> bool {
+    pub(crate) fn is_transient(&self) -> bool {
         self.code().is_none_or(|code| code >= 500 || code == 408 || code == 429)
     }
 
     /// The wait before the next try, after this many failed ones in a row.
-    pub(super) fn backoff(&self, failures: u32) -> Duration {
+    pub(crate) fn backoff(&self, failures: u32) -> Duration {
         if self.is_conflict() {
             return Duration::from_millis(50);
         }

@@ -46,7 +46,7 @@ use tokio_util::task::TaskTracker;
 use tracing::{debug, error, info, warn};
 
 use self::context::{Context, set_name};
-use self::decide::{BackupStep, Wait, next_backup_step};
+use self::decide::{BackupStep, Pruned, Wait, next_backup_step};
 use self::error::{Error, Result};
 use self::metrics::BackupMetrics;
 use self::observe::{BackupFacts, observe};
@@ -216,14 +216,7 @@ async fn next_steps(cached: &StatefulSetBackup, cx: &Arc<Context>) -> Result<Act
                 perform::delete_snapshots(&cx.client, facts.target_namespace(), late).await?;
                 warn!(snapshots = late.len(), "snapshots that came after their run had failed are deleted");
             }
-            BackupStep::Prune(points) => {
-                for point in points {
-                    crash_point!("before-prune");
-                    perform::prune(&cx.client, facts.target_namespace(), &point.snapshots).await?;
-                    info!(point = %point.point, why = point.why, "recovery point pruned");
-                    cx.publish(&backup, status::pruned(point));
-                }
-            }
+            BackupStep::Prune(points) => prune(cx, &backup, &facts, points).await?,
             BackupStep::Freeze(run) => {
                 if let Err(limit) = cx.admit(&backup, run) {
                     let step = BackupStep::Wait { why: Wait::NoRoom { limit }, until: None };
@@ -268,6 +261,22 @@ async fn next_steps(cached: &StatefulSetBackup, cx: &Arc<Context>) -> Result<Act
             }
         }
     }
+}
+
+/// Deletes recovery points, one after the other, so that a crash leaves at most one in part.
+async fn prune(
+    cx: &Context,
+    backup: &StatefulSetBackup,
+    facts: &BackupFacts,
+    points: &[Pruned],
+) -> Result<()> {
+    for point in points {
+        crash_point!("before-prune");
+        perform::prune(&cx.client, facts.target_namespace(), &point.snapshots).await?;
+        info!(point = %point.point, why = point.why, "recovery point pruned");
+        cx.publish(backup, status::pruned(point));
+    }
+    Ok(())
 }
 
 /// Looks again when the next scheduled run begins, or at `until`, and at the latest when nothing has happened for long.

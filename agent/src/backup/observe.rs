@@ -188,7 +188,7 @@ async fn is_granted(client: &Client, namespace: &str, to: &str) -> Result<bool> 
 }
 
 /// Whether a namespace's annotation names another one.
-pub(super) fn is_granted_by<K: ResourceExt>(namespace: &K, to: &str) -> bool {
+pub(crate) fn is_granted_by<K: ResourceExt>(namespace: &K, to: &str) -> bool {
     let granted = namespace.annotations().get(ALLOW_BACKUP_FROM_ANNOTATION);
     granted.is_some_and(|granted| granted.split(',').any(|granted| granted.trim() == to))
 }

@@ -44,8 +44,7 @@ impl<Key: Clone + PartialEq> Queue<Key> {
         }
         let mut taken = Taken::default();
         self.inside.iter().for_each(|(_, need)| taken.reserve(need, true));
-        let mut ahead = 0;
-        for (waiting, need) in &self.waiting {
+        for (ahead, (waiting, need)) in self.waiting.iter().enumerate() {
             let refused = taken.refuses(self.limits, need);
             if waiting == key {
                 let Some(limit) = refused else { break };
@@ -53,7 +52,6 @@ impl<Key: Clone + PartialEq> Queue<Key> {
             }
             // Who waits for a driver leaves the rest of the cluster to others.
             taken.reserve(need, !matches!(refused, Some(Limit::Driver(_))));
-            ahead += 1;
         }
         let at = self.waiting.iter().position(|(waiting, _)| waiting == key);
         self.inside.extend(at.map(|at| self.waiting.remove(at)));

@@ -38,7 +38,8 @@ use super::decide::{START_WITHIN, failing, later, milliseconds, trouble_of};
 use super::error::Error;
 use super::perform::{self, LOOK_TIMEOUT};
 use super::snapshot::snapshot_of;
-use super::status::{Note, snapshot_error};
+use super::status::snapshot_error;
+use crate::events::Note;
 use crate::hooks::{self, Command, Outcome};
 use crate::{clock, telemetry};
 

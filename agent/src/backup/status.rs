@@ -16,12 +16,15 @@ use sts_backup_api::run::{
 use super::decide::{BackupStep, Idle, Pruned, Skipped, Wait, points_of};
 use super::due::{Missed, begins_anew, next_run};
 use super::observe::{BackupFacts, Target};
+use crate::events::Note;
 
 /// A run is due, or has begun, and others come first.
 const QUEUED: &str = "Queued";
 
+/// The thaw of a pod failed, and is repeated.
+pub(super) const THAW_FAILED: &str = "ThawFailed";
 /// The thaw of a pod failed, and its user said to let it be.
-const THAW_GIVEN_UP: &str = "ThawGivenUp";
+pub(super) const THAW_GIVEN_UP: &str = "ThawGivenUp";
 
 /// The status after the step is written down, and before it is done.
 pub(super) fn next_status(facts: &BackupFacts, step: &BackupStep, now: Timestamp) -> StatefulSetBackupStatus {
@@ -199,12 +202,10 @@ fn progress(run: &CurrentRun, step: &BackupStep) -> (&'static str, String) {
         RunStep::Frozen => ("Frozen", format!("run {} freezes, cuts and thaws: {all} volumes", run.id)),
         RunStep::Thawing => ("Thawing", format!("run {} still owes pods a thaw", run.id)),
         RunStep::Readying => {
-            let trouble = match step {
-                BackupStep::Wait { why: Wait::Snapshots { trouble: Some(trouble) }, .. } => {
-                    format!("; the storage tries again: {trouble}")
-                }
-                _ => String::new(),
-            };
+            let mut trouble = String::new();
+            if let BackupStep::Wait { why: Wait::Snapshots { trouble: Some(said) }, .. } = step {
+                trouble = format!("; the storage tries again: {said}");
+            }
             ("Readying", format!("run {}: {ready}/{all} snapshots are ready{trouble}", run.id))
         }
         RunStep::CleaningUp => {
@@ -241,7 +242,7 @@ fn thaw_state(run: &CurrentRun) -> Option<(bool, &'static str, String)> {
                 "the postBackupHook failed and is repeated: {}. Thaw by hand, or correct postBackupHook",
                 told.join("; ")
             );
-            Some((false, "ThawFailed", message))
+            Some((false, THAW_FAILED, message))
         }
         RunStep::Thawing if owing.iter().any(|(_, thaw)| thaw.not_before.is_none()) => Some((
             false,
@@ -262,26 +263,6 @@ fn thaw_state(run: &CurrentRun) -> Option<(bool, &'static str, String)> {
         RunStep::Thawing | RunStep::Readying | RunStep::CleaningUp => {
             Some((true, "Thawed", "nothing is owed to any pod".to_owned()))
         }
-    }
-}
-
-/// What an Event says.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Note {
-    /// `Normal` or `Warning`.
-    pub(super) kind: &'static str,
-    pub(super) reason: &'static str,
-    pub(super) action: &'static str,
-    pub(super) message: String,
-}
-
-impl Note {
-    pub(super) fn normal(reason: &'static str, action: &'static str, message: String) -> Self {
-        Self { kind: "Normal", reason, action, message }
-    }
-
-    pub(super) fn warning(reason: &'static str, action: &'static str, message: String) -> Self {
-        Self { kind: "Warning", reason, action, message }
     }
 }
 

@@ -17,8 +17,8 @@ use super::context::Context;
 use super::decide::BackupStep;
 use super::error::Error;
 use super::observe::observe;
-use super::status::Note;
 use super::{perform, write};
+use crate::events::Note;
 use crate::{clock, telemetry};
 
 /// How long an attempt to write down what came of a section may take.

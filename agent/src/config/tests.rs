@@ -1,5 +1,7 @@
 use std::fs;
 
+use sts_backup_api::backup::{HookPods, OnError};
+
 use super::layers::{flag_of, variable_of};
 use super::*;
 
@@ -59,6 +61,7 @@ fn without_anything_the_defaults_hold() {
             shutdown: seconds(25),
             concurrent_reconciles: 16,
             limits: Limits { cluster: 500, driver: 100 },
+            hook_profiles: BTreeMap::new(),
         }
     );
 }
@@ -131,6 +134,49 @@ fn what_is_written_out_gives_the_same_configuration_again() {
                 [lease]\nduration_seconds = 30";
     let config = load_text(file, &[], &Flags::default()).unwrap();
     assert_eq!(load_text(&config.to_toml(), &[], &Flags::default()).unwrap(), config);
+}
+
+const HOOK_PROFILE: &str = "[hook_profiles.postgres]\npre = ['/freeze', '\"now\"']\npost = ['/thaw']\n\
+     container = 'postgres'\ntimeout_seconds = 30\non_error = 'Continue'\npods = 'First'\n\
+     [hook_profiles.flush]\npre = ['sync']";
+
+#[test]
+fn hook_profiles_become_the_hooks_of_backups() {
+    let config = load_text(HOOK_PROFILE, &[], &Flags::default()).unwrap();
+    let HookProfile { pre, post } = &config.hook_profiles["postgres"];
+    let (pre, post) = (pre.as_ref().unwrap(), post.as_ref().unwrap());
+    assert_eq!(
+        (pre.command.as_slice(), post.command.as_slice()),
+        (&["/freeze".to_owned(), "\"now\"".to_owned()][..], &["/thaw".to_owned()][..])
+    );
+    for hook in [pre, post] {
+        assert_eq!((hook.container_name.as_deref(), hook.timeout_seconds), (Some("postgres"), 30));
+        assert_eq!((hook.on_error, hook.pods), (OnError::Continue, HookPods::First));
+    }
+    let HookProfile { pre, post } = &config.hook_profiles["flush"];
+    let hook = pre.as_ref().unwrap();
+    assert_eq!((hook.container_name.as_deref(), hook.timeout_seconds), (None, 60));
+    assert_eq!((hook.on_error, hook.pods, post), (OnError::Fail, HookPods::All, &None));
+    assert_eq!(load_text(&config.to_toml(), &[], &Flags::default()).unwrap(), config);
+}
+
+#[test]
+fn hook_profiles_that_no_backup_could_have_are_refused() {
+    let refused = refusal("[hook_profiles.Postgres]\npre = ['sync']", &[]);
+    assert!(refused.starts_with("hook_profiles.Postgres = Postgres (file "), "{refused}");
+    for (profile, words) in [
+        ("", "hook_profiles.p = p"),
+        ("pre = 'sync'", "hook_profiles.p.pre ("),
+        ("pre = ['sync']\ntimeout_seconds = 0", "hook_profiles.p.timeout_seconds = 0"),
+        ("pre = ['sync']\ncontainer = 'A'", "hook_profiles.p.container = A"),
+        ("pre = ['sync']\npods = 'Last'", "Last is not All or First"),
+        ("pre = ['sync']\nlast = 1", "hook_profiles.p.last"),
+    ] {
+        let refused = refusal(&format!("[hook_profiles.p]\n{profile}"), &[]);
+        assert!(refused.contains(words) && refused.contains("agent.toml"), "{profile}: {refused}");
+    }
+    let long = format!("[hook_profiles.p]\npre = ['{}']", "x".repeat(8193));
+    assert!(refusal(&long, &[]).starts_with("hook_profiles.p.pre = a command (file "));
 }
 
 #[test]

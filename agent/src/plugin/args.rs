@@ -17,6 +17,7 @@ Examples:
   kubectl stsbackup list -A                    every backup of the cluster
   kubectl stsbackup run nightly --wait         back up now, and say how it went
   kubectl stsbackup points                     what can be restored in this namespace
+  kubectl stsbackup retention nightly --dry-run   what would be pruned now, and why
   kubectl stsbackup doctor                     why backups fail, or will
 
 Exit codes:
@@ -81,6 +82,39 @@ pub(super) enum Command {
     ///
     /// They are read from the VolumeSnapshots themselves, so those of deleted StatefulSetBackups are listed too.
     Points(Points),
+    /// Show what the retentionPolicy would prune now, and why
+    ///
+    /// Changes nothing. The agent prunes by itself, after each run and as time goes by.
+    Retention(Retention),
+    /// Hold a recovery point: it is not pruned before it is released
+    ///
+    /// Sets the label backup.sts-backup.io/hold=true on all of its VolumeSnapshots.
+    Hold(Point),
+    /// Release a recovery point that is held
+    ///
+    /// Removes the label backup.sts-backup.io/hold from all of its VolumeSnapshots.
+    Release(Point),
+    /// Delete recovery points, each as a whole
+    ///
+    /// Shows what goes and asks first. A point that is held, that a volume is being made from, or that belongs to the
+    /// run under way is not deleted.
+    DeletePoints(DeletePoints),
+    /// Begin no further runs
+    ///
+    /// Sets spec.suspend. A run under way is finished.
+    Suspend {
+        /// The StatefulSetBackup
+        name: String,
+    },
+    /// Begin runs again
+    ///
+    /// Clears spec.suspend. What was due meanwhile is not caught up with.
+    Resume {
+        /// The StatefulSetBackup
+        name: String,
+    },
+    /// List the finished runs of a StatefulSetBackup, newest first
+    History(History),
     /// Check everything that backups need, in the cluster and for each StatefulSetBackup
     ///
     /// Changes nothing. What you may not read is a warning, not a failure. Exits with 1 when something is
@@ -145,6 +179,54 @@ pub(super) struct Points {
     #[arg(short = 'A', long, conflicts_with = "namespace")]
     pub(super) all_namespaces: bool,
     /// How to print them [default: a table]
+    #[arg(short, long, value_enum, value_name = "FORMAT")]
+    pub(super) output: Option<DataFormat>,
+}
+
+/// What `retention` shows.
+#[derive(Debug, clap::Args)]
+pub(super) struct Retention {
+    /// The StatefulSetBackup
+    pub(super) name: String,
+    /// Only show it; there is no other way
+    #[arg(long)]
+    pub(super) dry_run: bool,
+    /// How to print it [default: a table]
+    #[arg(short, long, value_enum, value_name = "FORMAT")]
+    pub(super) output: Option<DataFormat>,
+}
+
+/// One recovery point.
+#[derive(Debug, clap::Args)]
+pub(super) struct Point {
+    /// The StatefulSetBackup, which may be gone
+    pub(super) name: String,
+    /// The recovery point, as kubectl stsbackup points shows it
+    pub(super) point: String,
+}
+
+/// What `delete-points` deletes.
+#[derive(Debug, clap::Args)]
+pub(super) struct DeletePoints {
+    /// The StatefulSetBackup, which may be gone
+    pub(super) name: String,
+    /// The recovery points, as kubectl stsbackup points shows them
+    #[arg(required = true, value_name = "POINT")]
+    pub(super) points: Vec<String>,
+    /// Do not ask
+    #[arg(short, long)]
+    pub(super) yes: bool,
+    /// Delete even the last complete one
+    #[arg(long)]
+    pub(super) force: bool,
+}
+
+/// What `history` shows.
+#[derive(Debug, clap::Args)]
+pub(super) struct History {
+    /// The StatefulSetBackup
+    pub(super) name: String,
+    /// How to print it [default: a table]
     #[arg(short, long, value_enum, value_name = "FORMAT")]
     pub(super) output: Option<DataFormat>,
 }
@@ -226,6 +308,8 @@ mod tests {
             &["run", "nightly", "-o", "json"],
             &["run", "nightly", "--wait", "--timeout", "0s"],
             &["run", "nightly", "--wait", "--timeout", "soon"],
+            &["hold", "nightly"],
+            &["delete-points", "nightly", "--yes"],
         ] {
             let refused = Args::try_parse_from([BINARY].iter().chain(line)).unwrap_err();
             assert_eq!(refused.exit_code(), 2, "{line:?}");
@@ -240,6 +324,13 @@ mod tests {
             Command::List(_)
             | Command::Describe { .. }
             | Command::Points(_)
+            | Command::Retention(_)
+            | Command::Hold(_)
+            | Command::Release(_)
+            | Command::DeletePoints(_)
+            | Command::Suspend { .. }
+            | Command::Resume { .. }
+            | Command::History(_)
             | Command::Doctor(_)
             | Command::Completion { .. } => None,
         };

@@ -3,7 +3,7 @@
 use std::fmt::Debug;
 
 use k8s_openapi::NamespaceResourceScope;
-use kube::api::{ApiResource, DynamicObject, ListParams};
+use kube::api::{ApiResource, DynamicObject, ListParams, PatchParams};
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::{Api, Client, Config, Resource, ResourceExt};
 use serde::de::DeserializeOwned;
@@ -11,6 +11,9 @@ use sts_backup_api::backup::StatefulSetBackup;
 
 use super::args::Connection;
 use super::error::Error;
+
+/// The field manager of all that the plugin writes.
+const FIELD_MANAGER: &str = "kubectl-stsbackup";
 
 /// How many objects one answer of the API server may hold; longer lists come in pages.
 const PAGE: u32 = 500;
@@ -113,6 +116,11 @@ impl Cluster {
             .map_err(|err| Error::of(&format!("read {object}"), Some((&self.namespace, &object)), err))?;
         understand(&found)
     }
+}
+
+/// How the plugin changes objects.
+pub(super) fn patch_params() -> PatchParams {
+    PatchParams { field_manager: Some(FIELD_MANAGER.to_owned()), ..PatchParams::default() }
 }
 
 /// The object as this version knows it.

@@ -15,6 +15,7 @@ use super::error::Error;
 use super::list::{phase_word, target};
 use super::remedy::{remedy, thaw_trouble};
 use super::table::{age, indented, lines, moment, table};
+use super::timing::{next_line, retention_line, schedule, schedule_line};
 use super::{Exit, output};
 use crate::clock;
 
@@ -73,6 +74,14 @@ fn head(backup: &StatefulSetBackup, status: &StatefulSetBackupStatus, now: Times
         ("StatefulSet", target(backup)),
         ("Created", backup.creation_timestamp().map_or("-".to_owned(), |created| moment(created.0, now))),
         ("Phase", status.phase.map_or("not seen by the agent yet", phase_word).to_owned()),
+        ("Schedule", schedule_line(spec)),
+        ("Next run", next_line(backup, now)),
+    ];
+    if schedule(spec).is_some() {
+        said.push(("Missed runs", status.missed_runs.to_string()));
+    }
+    said.extend([
+        ("Retention", retention_line(spec.retention_policy.as_ref())),
         ("Class", spec.snapshot_class().unwrap_or("the default of each volume's CSI driver").to_owned()),
         (
             "Templates",
@@ -82,7 +91,7 @@ fn head(backup: &StatefulSetBackup, status: &StatefulSetBackupStatus, now: Times
                 spec.volume_claim_templates.join(", ")
             },
         ),
-    ];
+    ]);
     if spec.allow_partial {
         said.push(("Partial", "allowed: claims that are missing or unfit are left out".to_owned()));
     }

@@ -2,7 +2,7 @@
 
 use jiff::Timestamp;
 use sts_backup_api::run::{
-    CurrentRun, RecoveryPoint, RunPod, RunRecord, RunStep, RunVolume, SnapshotState, ThawState,
+    CurrentRun, Due, RecoveryPoint, RunPod, RunRecord, RunStep, RunVolume, Slot, SnapshotState, ThawState,
 };
 
 use super::describe::one_line;
@@ -55,7 +55,7 @@ fn pod_row(pod: &RunPod, now: Timestamp) -> Option<Vec<String>> {
     Some(vec![pod.name.clone(), state.to_owned(), duty.failures.to_string(), next, message])
 }
 
-/// The recovery points that the status lists.
+/// Recovery points.
 pub(super) fn points(points: &[RecoveryPoint], now: Timestamp) -> String {
     if points.is_empty() {
         return String::new();
@@ -69,12 +69,23 @@ pub(super) fn points(points: &[RecoveryPoint], now: Timestamp) -> String {
             if point.complete { "yes" } else { "no" }.to_owned(),
             point.consistency.as_str().to_owned(),
             size(point.size_bytes),
+            if point.hold { "yes" } else { "no" }.to_owned(),
         ]
     };
     table(
-        &["POINT", "TIME", "AGE", "VOLUMES", "COMPLETE", "CONSISTENCY", "SIZE"],
+        &["POINT", "TIME", "AGE", "VOLUMES", "COMPLETE", "CONSISTENCY", "SIZE", "HOLD"],
         &points.iter().map(row).collect::<Vec<_>>(),
     )
+}
+
+/// What a run was due to, in a word.
+fn due(slot: &Slot) -> String {
+    let due = match slot.due {
+        Due::Creation => "creation",
+        Due::Request => "request",
+        Due::Schedule => "schedule",
+    };
+    if slot.attempt > 1 { format!("{due} (attempt {})", slot.attempt) } else { due.to_owned() }
 }
 
 /// The finished runs that the status lists.
@@ -87,6 +98,7 @@ pub(super) fn history(history: &[RunRecord], now: Timestamp) -> String {
         vec![
             run.id.to_string(),
             age(run.started.0, now),
+            due(&run.slot),
             span(run.duration_ms),
             milliseconds(run.freeze_ms),
             milliseconds(run.cut_skew_ms),
@@ -96,7 +108,7 @@ pub(super) fn history(history: &[RunRecord], now: Timestamp) -> String {
         ]
     };
     table(
-        &["RUN", "AGE", "DURATION", "FROZEN", "CUT SKEW", "RESULT", "REASON", "MESSAGE"],
+        &["RUN", "AGE", "DUE", "DURATION", "FROZEN", "CUT SKEW", "RESULT", "REASON", "MESSAGE"],
         &history.iter().map(row).collect::<Vec<_>>(),
     )
 }

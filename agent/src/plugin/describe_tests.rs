@@ -20,6 +20,9 @@ fn a_backup_that_nobody_has_looked_at_says_what_to_do() {
          StatefulSet:  db\n\
          Created:      2026-02-03T04:59:00Z (60s ago)\n\
          Phase:        not seen by the agent yet\n\
+         Schedule:     none: one run at creation, others when they are asked for\n\
+         Next run:     none: no schedule\n\
+         Retention:    none: nothing is ever pruned\n\
          Class:        the default of each volume's CSI driver\n\
          Templates:    all\n\
          Pre hook:     none\n\
@@ -42,12 +45,12 @@ fn everything_that_is_known_is_shown_and_what_is_wrong_has_a_remedy() {
         "metadata": { "name": "nightly", "namespace": "shop", "creationTimestamp": "2026-02-01T05:00:00Z" },
         "spec": {
             "statefulSetRef": { "name": "db" }, "volumeSnapshotClassName": "fast", "volumeClaimTemplates": ["data"],
-            "allowPartial": true,
+            "allowPartial": true, "schedule": "0 2 * * *", "retentionPolicy": { "keepDaily": 7 },
             "preBackupHook": { "command": ["sh", "-c", "a\n  && b"], "containerName": "db", "pods": "First" },
             "postBackupHook": { "command": ["thaw"], "onError": "Continue", "timeoutSeconds": 5 },
         },
         "status": {
-            "phase": "InProgress",
+            "phase": "InProgress", "missedRuns": 1, "nextScheduleTime": "2026-02-04T02:00:00Z",
             "lastSuccessfulTime": "2026-02-02T05:00:00.000000Z",
             "conditions": [
                 { "type": "Thawed", "status": "False", "reason": "ThawFailed", "message": "db-0:\nexit code 1",
@@ -65,9 +68,9 @@ fn everything_that_is_known_is_shown_and_what_is_wrong_has_a_remedy() {
             },
             "recoveryPoints": [{ "id": "run-1", "time": "2026-02-02T05:00:00.000000Z", "complete": true,
                 "readyVolumes": 1, "expectedVolumes": 1, "replicas": 1, "consistency": "CrashPerVolume",
-                "sizeBytes": 1_073_741_824 }],
+                "sizeBytes": 1_073_741_824, "hold": true }],
             "history": [
-                { "id": "run-2", "slot": { "due": "Request", "value": "y", "attempt": 1 },
+                { "id": "run-2", "slot": { "due": "Request", "value": "y", "attempt": 2 },
                   "started": "2026-02-03T02:00:00.000000Z", "durationMs": 500, "result": "Failed",
                   "reason": "ClaimMissing", "message": "no claim" },
                 { "id": "run-1", "slot": { "due": "Creation", "value": "z", "attempt": 1 },
@@ -95,6 +98,10 @@ fn everything_that_is_known_is_shown_and_what_is_wrong_has_a_remedy() {
          StatefulSet:  db\n\
          Created:      2026-02-01T05:00:00Z (2d ago)\n\
          Phase:        InProgress\n\
+         Schedule:     0 2 * * * (UTC)\n\
+         Next run:     2026-02-04T02:00:00Z (in 21h)\n\
+         Missed runs:  1\n\
+         Retention:    keepDaily 7\n\
          Class:        fast\n\
          Templates:    data\n\
          Partial:      allowed: claims that are missing or unfit are left out\n\
@@ -114,12 +121,12 @@ fn everything_that_is_known_is_shown_and_what_is_wrong_has_a_remedy() {
          POD    THAW   FAILURES   NEXT TRY   MESSAGE\n  \
          db-0   owed   2          in 10s     exit code 1\n\
          Recovery points:\n  \
-         POINT   TIME                   AGE   VOLUMES   COMPLETE   CONSISTENCY      SIZE\n  \
-         run-1   2026-02-02T05:00:00Z   24h   1/1       yes        CrashPerVolume   1Gi\n\
+         POINT   TIME                   AGE   VOLUMES   COMPLETE   CONSISTENCY      SIZE   HOLD\n  \
+         run-1   2026-02-02T05:00:00Z   24h   1/1       yes        CrashPerVolume   1Gi    yes\n\
          History:\n  \
-         RUN     AGE   DURATION   FROZEN   CUT SKEW   RESULT      REASON         MESSAGE\n  \
-         run-2   3h    500 ms     -        -          Failed      ClaimMissing   no claim\n  \
-         run-1   24h   2.1 s      120 ms   35 ms      Completed   Completed      1/1 volumes\n\
+         RUN     AGE   DUE                   DURATION   FROZEN   CUT SKEW   RESULT      REASON         MESSAGE\n  \
+         run-2   3h    request (attempt 2)   500 ms     -        -          Failed      ClaimMissing   no claim\n  \
+         run-1   24h   creation              2.1 s      120 ms   35 ms      Completed   Completed      1/1 volumes\n\
          Events:\n  \
          LAST SEEN   TYPE     REASON          MESSAGE\n  \
          60s         Normal   BackupStarted   of run-3\n  \

@@ -31,6 +31,8 @@ pub(super) enum Error {
     Unreadable { object: String, source: serde_json::Error },
     #[error("write to standard output")]
     Print { source: std::io::Error },
+    #[error("read the answer")]
+    Ask { source: std::io::Error },
     #[error("write the result")]
     Encode { source: Box<dyn std::error::Error + Send + Sync> },
     #[error("{message}")]
@@ -72,6 +74,7 @@ impl Error {
             | Self::Request { .. }
             | Self::Unreadable { .. }
             | Self::Print { .. }
+            | Self::Ask { .. }
             | Self::Encode { .. } => Exit::Failure,
         }
     }
@@ -100,6 +103,7 @@ impl Error {
             | Self::Client { .. }
             | Self::Refused { .. }
             | Self::Print { .. }
+            | Self::Ask { .. }
             | Self::Encode { .. } => None,
         }
     }

@@ -13,6 +13,7 @@ use super::cluster::{Cluster, Scope, understand};
 use super::error::Error;
 use super::follow::{result_word, step_word};
 use super::table::{age, lines, table};
+use super::timing::{next_word, schedule};
 use super::{Exit, output};
 use crate::clock;
 
@@ -71,9 +72,18 @@ fn render(backups: &[DynamicObject], scope: &Scope, wide: bool, now: Timestamp) 
     if everywhere {
         header.push("NAMESPACE");
     }
-    header.extend(["NAME", "STATEFULSET", "PHASE", "LAST-BACKUP", "POINTS", "READY"]);
+    header.extend([
+        "NAME",
+        "STATEFULSET",
+        "SCHEDULE",
+        "PHASE",
+        "LAST-BACKUP",
+        "NEXT-BACKUP",
+        "POINTS",
+        "READY",
+    ]);
     if wide {
-        header.extend(["LAST-SUCCESS", "LAST-RESULT", "STEP", "CLASS", "AGE"]);
+        header.extend(["LAST-SUCCESS", "LAST-RESULT", "MISSED", "HELD", "STEP", "CLASS", "AGE"]);
     }
     let row = |object: &DynamicObject| {
         let mut row = Vec::new();
@@ -90,7 +100,9 @@ fn render(backups: &[DynamicObject], scope: &Scope, wide: bool, now: Timestamp) 
             }
             // Made by a newer agent; the others are shown all the same.
             Err(_) => {
-                row.extend(["?", "?", "?", "?", "unknown to this version of the plugin"].map(String::from));
+                row.extend(
+                    ["?", "?", "?", "?", "?", "?", "unknown to this version of the plugin"].map(String::from),
+                );
             }
         }
         row
@@ -98,24 +110,28 @@ fn render(backups: &[DynamicObject], scope: &Scope, wide: bool, now: Timestamp) 
     table(&header, &backups.iter().map(row).collect::<Vec<_>>())
 }
 
-fn columns(backup: &StatefulSetBackup, now: Timestamp) -> [String; 5] {
+fn columns(backup: &StatefulSetBackup, now: Timestamp) -> [String; 7] {
     let unseen = StatefulSetBackupStatus::default();
     let status = backup.status.as_ref().unwrap_or(&unseen);
     [
         target(backup),
+        schedule(&backup.spec).unwrap_or("-").to_owned(),
         status.phase.map_or("-", phase_word).to_owned(),
         time_ago(status.last_backup_time.as_ref(), now),
+        next_word(backup, now),
         status.recovery_point_count.to_string(),
         readiness(backup, status),
     ]
 }
 
-fn wide_columns(backup: &StatefulSetBackup, now: Timestamp) -> [String; 5] {
+fn wide_columns(backup: &StatefulSetBackup, now: Timestamp) -> [String; 7] {
     let unseen = StatefulSetBackupStatus::default();
     let status = backup.status.as_ref().unwrap_or(&unseen);
     [
         time_ago(status.last_successful_time.as_ref(), now),
         status.history.first().map_or("-".to_owned(), |run| result_word(run.result).to_owned()),
+        status.missed_runs.to_string(),
+        status.recovery_points.iter().filter(|point| point.hold).count().to_string(),
         status.current_run.as_ref().map_or("-".to_owned(), |run| step_word(run.step).to_owned()),
         backup.spec.snapshot_class().unwrap_or("<default>").to_owned(),
         backup.creation_timestamp().map_or("-".to_owned(), |created| age(created.0, now)),
@@ -170,9 +186,14 @@ mod tests {
             object(json!({
                 "apiVersion": "backup.sts-backup.io/v1alpha1", "kind": "StatefulSetBackup",
                 "metadata": { "name": "nightly", "namespace": "shop", "creationTimestamp": "2026-02-01T00:00:00Z" },
-                "spec": { "statefulSetRef": { "name": "db" }, "volumeSnapshotClassName": "fast" },
+                "spec": { "statefulSetRef": { "name": "db" }, "volumeSnapshotClassName": "fast",
+                    "schedule": "0 8 * * *" },
                 "status": {
-                    "phase": "Ready", "recoveryPointCount": 3,
+                    "phase": "Ready", "recoveryPointCount": 3, "missedRuns": 2,
+                    "nextScheduleTime": "2026-02-03T08:00:00Z",
+                    "recoveryPoints": [{ "id": "run-1", "time": "2026-02-03T02:00:00.000000Z", "complete": true,
+                        "readyVolumes": 1, "expectedVolumes": 1, "replicas": 1, "consistency": "Application",
+                        "sizeBytes": 1, "hold": true }],
                     "lastBackupTime": "2026-02-03T02:00:00.000000Z",
                     "lastSuccessfulTime": "2026-02-03T02:00:00.000000Z",
                     "conditions": [{ "type": "Ready", "status": "True", "reason": "Usable", "message": "",
@@ -189,7 +210,7 @@ mod tests {
                 },
             })),
             object(
-                json!({ "metadata": { "name": "new", "namespace": "shop" }, "spec": { "statefulSetRef": { "name": "db" } } }),
+                json!({ "metadata": { "name": "new", "namespace": "shop" }, "spec": { "statefulSetRef": { "name": "db" }, "suspend": true } }),
             ),
             object(json!({
                 "metadata": { "name": "odd", "namespace": "shop" },
@@ -207,11 +228,11 @@ mod tests {
         let here = Scope::Namespace("shop".to_owned());
         assert_eq!(
             render(&three(), &here, false, now()),
-            "NAME      STATEFULSET   PHASE    LAST-BACKUP   POINTS   READY\n\
-             nightly   db            Ready    3h            3        True\n\
-             far       prod/db       Failed   -             0        NamespaceNotGranted\n\
-             new       db            -        -             0        NotSeenByAgent\n\
-             odd       ?             ?        ?             ?        unknown to this version of the plugin\n"
+            "NAME      STATEFULSET   SCHEDULE    PHASE    LAST-BACKUP   NEXT-BACKUP   POINTS   READY\n\
+             nightly   db            0 8 * * *   Ready    3h            in 3h         3        True\n\
+             far       prod/db       -           Failed   -             -             0        NamespaceNotGranted\n\
+             new       db            -           -        -             suspended     0        NotSeenByAgent\n\
+             odd       ?             ?           ?        ?             ?             ?        unknown to this version of the plugin\n"
         );
     }
 
@@ -219,8 +240,8 @@ mod tests {
     fn all_namespaces_and_wide_add_their_columns() {
         assert_eq!(
             render(&three()[..1], &Scope::All, true, now()),
-            "NAMESPACE   NAME      STATEFULSET   PHASE   LAST-BACKUP   POINTS   READY   LAST-SUCCESS   LAST-RESULT   STEP   CLASS   AGE\n\
-             shop        nightly   db            Ready   3h            3        True    3h             -             -      fast    2d5h\n"
+            "NAMESPACE   NAME      STATEFULSET   SCHEDULE    PHASE   LAST-BACKUP   NEXT-BACKUP   POINTS   READY   LAST-SUCCESS   LAST-RESULT   MISSED   HELD   STEP   CLASS   AGE\n\
+             shop        nightly   db            0 8 * * *   Ready   3h            in 3h         3        True    3h             -             2        1      -      fast    2d5h\n"
         );
     }
 

@@ -1,23 +1,31 @@
-//! The kubectl plugin: shows backups and their recovery points, asks for runs, and finds out what keeps them
-//! from succeeding.
+//! The kubectl plugin: shows backups and their recovery points, asks for runs, keeps or deletes points, and finds out
+//! what keeps backups from succeeding.
 //!
 //! It talks to the Kubernetes API alone, with the rights of whoever calls it: no hub and no agent needs to be
-//! reachable. Its only write is the annotation that asks for a run. What is shown is made by pure functions of
-//! what was read and the present time; each command's own file holds both.
+//! reachable. It writes only what it is called for: the annotation that asks for a run, `spec.suspend`, and the label
+//! that holds a snapshot; and it deletes snapshots. What is shown is made by pure functions of what was read and the
+//! present time; each command's own file holds both.
 
 mod args;
 mod cluster;
+mod delete_points;
 mod describe;
 mod describe_run;
 mod doctor;
 mod error;
 mod follow;
+mod history;
+mod hold;
 mod list;
 mod output;
+mod owned;
 mod points;
 mod remedy;
+mod retention;
 mod run;
+mod suspend;
 mod table;
+mod timing;
 
 use std::process::ExitCode;
 
@@ -81,6 +89,13 @@ async fn obey(args: &Args) -> Result<Exit, Error> {
         Command::Describe { name } => describe::describe(&cluster, name).await,
         Command::Run(how) => run::run(&cluster, how).await,
         Command::Points(how) => points::points(&cluster, how).await,
+        Command::Retention(how) => retention::retention(&cluster, how).await,
+        Command::Hold(which) => hold::hold(&cluster, which).await,
+        Command::Release(which) => hold::release(&cluster, which).await,
+        Command::DeletePoints(which) => delete_points::delete_points(&cluster, which).await,
+        Command::Suspend { name } => suspend::suspend(&cluster, name).await,
+        Command::Resume { name } => suspend::resume(&cluster, name).await,
+        Command::History(how) => history::history(&cluster, how).await,
         Command::Doctor(how) => doctor::doctor(&cluster, how).await,
         Command::Completion { shell } => completion(*shell),
     }

@@ -193,6 +193,7 @@ fn render(listed: &[Listed], now: Timestamp) -> String {
             if point.complete { "yes" } else { "no" }.to_owned(),
             point.consistency.as_str().to_owned(),
             size(point.size_bytes),
+            if point.hold { "yes" } else { "no" }.to_owned(),
         ]
     };
     table(
@@ -206,6 +207,7 @@ fn render(listed: &[Listed], now: Timestamp) -> String {
             "COMPLETE",
             "CONSISTENCY",
             "SIZE",
+            "HOLD",
         ],
         &listed.iter().map(row).collect::<Vec<_>>(),
     )

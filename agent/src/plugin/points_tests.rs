@@ -44,11 +44,11 @@ fn points_are_told_with_their_owners_even_when_those_are_gone() {
     let now = "2026-02-03T05:00:00Z".parse().unwrap();
     assert_eq!(
         render(&listed(&facts()), now),
-        "NAMESPACE   BACKUP          STATEFULSET   POINT   TIME                        VOLUMES   COMPLETE   CONSISTENCY   SIZE\n\
-         shop        ops/far         db            run-4   2026-02-03T02:00:00Z (3h)   1/2       no         Application   10Mi\n\
-         shop        nightly         db            run-2   2026-02-03T02:00:00Z (3h)   1/2       no         Application   10Mi\n\
-         shop        nightly         db            run-1   2026-02-03T02:00:00Z (3h)   2/2       yes        Application   20Mi\n\
-         shop        old (deleted)   db            run-3   2026-02-03T02:00:00Z (3h)   1/2       no         Application   10Mi\n"
+        "NAMESPACE   BACKUP          STATEFULSET   POINT   TIME                        VOLUMES   COMPLETE   CONSISTENCY   SIZE   HOLD\n\
+         shop        ops/far         db            run-4   2026-02-03T02:00:00Z (3h)   1/2       no         Application   10Mi   no\n\
+         shop        nightly         db            run-2   2026-02-03T02:00:00Z (3h)   1/2       no         Application   10Mi   no\n\
+         shop        nightly         db            run-1   2026-02-03T02:00:00Z (3h)   2/2       yes        Application   20Mi   no\n\
+         shop        old (deleted)   db            run-3   2026-02-03T02:00:00Z (3h)   1/2       no         Application   10Mi   no\n"
     );
 }
 
@@ -78,8 +78,8 @@ fn programs_get_the_point_and_its_owner_in_one_object() {
         json!({
             "namespace": "shop", "backupNamespace": "shop", "backup": "nightly", "backupDeleted": false,
             "statefulSet": "db", "id": "run-1", "time": "2026-02-03T02:00:00.000000Z", "complete": true,
-            "readyVolumes": 2, "expectedVolumes": 2, "hold": false, "replicas": 0, "consistency": "Application",
-            "sizeBytes": 20_971_520,
+            "readyVolumes": 2, "expectedVolumes": 2, "replicas": 0, "consistency": "Application",
+            "sizeBytes": 20_971_520, "hold": false,
         })
     );
 }

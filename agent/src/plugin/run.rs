@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use futures::{Stream, StreamExt};
 use jiff::Timestamp;
-use kube::api::{ApiResource, DynamicObject, Patch, PatchParams};
+use kube::api::{ApiResource, DynamicObject, Patch};
 use kube::runtime::WatchStreamExt;
 use kube::runtime::watcher::{self, watch_object};
 use kube::{Api, ResourceExt};
@@ -14,16 +14,13 @@ use sts_backup_api::names::REQUESTED_AT_ANNOTATION;
 use sts_backup_api::run::{RecoveryPoint, RunRecord, RunResult};
 
 use super::args::{DataFormat, Run};
-use super::cluster::{Cluster, understand};
+use super::cluster::{Cluster, patch_params, understand};
 use super::error::{Error, forbidden, not_found};
 use super::follow::{Asked, Progress, WAITING, blocked, not_ready, point_line, progress};
 use super::remedy::remedy;
 use super::table::span;
 use super::{Exit, output};
 use crate::clock;
-
-/// The field manager of the annotation.
-const FIELD_MANAGER: &str = "kubectl-stsbackup";
 
 /// An agent that is alive has begun by then, unless another run is under way.
 const SILENCE: Duration = Duration::from_secs(15);
@@ -35,6 +32,15 @@ const SILENCE_HINT: &str =
 pub(super) async fn run(cluster: &Cluster, how: &Run) -> Result<Exit, Error> {
     let (namespace, name) = (cluster.namespace(), how.name.as_str());
     let backup = cluster.backup(name).await?;
+    if backup.spec.suspend {
+        return Err(Error::Ended {
+            exit: Exit::Failure,
+            message: format!(
+                "StatefulSetBackup {namespace}/{name} is suspended, so nothing was asked for: no run begins"
+            ),
+            remedy: Some(format!("kubectl stsbackup resume {name} -n {namespace}")),
+        });
+    }
     if let Some((reason, message)) = blocked(&backup) {
         return Err(Error::Ended {
             exit: Exit::Failure,
@@ -56,9 +62,8 @@ pub(super) async fn run(cluster: &Cluster, how: &Run) -> Result<Exit, Error> {
     let api: Api<DynamicObject> = Api::namespaced_with(cluster.client(), namespace, &resource);
     let object = format!("StatefulSetBackup {namespace}/{name}");
     let patch = Patch::Merge(request_patch(&annotation));
-    let params = PatchParams { field_manager: Some(FIELD_MANAGER.to_owned()), ..PatchParams::default() };
     let asked_of = api
-        .patch(name, &params, &patch)
+        .patch(name, &patch_params(), &patch)
         .await
         .map_err(|err| Error::of(&format!("ask {object} for a run"), Some((namespace, &object)), err))?;
     let asked = Asked::new(&asked_of.uid().unwrap_or_default(), &annotation);

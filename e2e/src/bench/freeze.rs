@@ -27,6 +27,7 @@ use crate::condition::{await_condition, await_none, statefulset_ready};
 use crate::harness::clusters::cluster_name;
 use crate::kit::agent::Agent;
 use crate::kit::class::create_snapshot_class;
+use crate::kit::exec::exec;
 use crate::kit::snapshot::take_snapshot;
 use crate::kit::{Backup, Cluster, Namespace};
 
@@ -49,6 +50,10 @@ pub struct Figures {
     /// From the first creation by hand to the last cut.
     raw_ms: i64,
     ratio: f64,
+    /// A command that does nothing, run in the pod by hand: it is part of the freeze and not of the control.
+    hook_ms: i64,
+    /// The freeze by the control with such a command before it.
+    ratio_with_hook: f64,
     /// From the first to the last cut by the storage's clock.
     cut_spread_ms: i64,
     /// The same where snapshots are ready 20 s after their cut.
@@ -83,11 +88,11 @@ pub async fn run() -> Result<Figures> {
 
     eprintln!("  · {ROUNDS} rounds by hand and by the agent, in turns");
     let before = Usage::of(&agent, &leader).await?;
-    let (raw, runs) = rounds(&ns, "fast", "stsb-e2e").await?;
+    let Rounds { raw, hook, runs } = rounds(&ns, "fast", "stsb-e2e").await?;
     let after = Usage::of(&agent, &leader).await?;
     eprintln!("  · the same with snapshots that are ready 20 s after the cut");
     let slow = create_snapshot_class(&ns, &[("readyDelay", "20s")]).await?;
-    let (slow_raw, slow_runs) = rounds(&ns, "slow", &slow).await?;
+    let slow = rounds(&ns, "slow", &slow).await?;
 
     eprintln!("  · the agent at rest, for {} s", IDLE.as_secs());
     let resting = Usage::of(&agent, &leader).await?;
@@ -95,14 +100,16 @@ pub async fn run() -> Result<Figures> {
     let rested = Usage::of(&agent, &leader).await?;
 
     let freezes = |runs: &[RunRecord]| median(runs.iter().filter_map(|run| run.freeze_ms).collect());
-    let (freeze_ms, raw_ms) = (freezes(&runs), median(raw));
-    let (slow_freeze_ms, slow_raw_ms) = (freezes(&slow_runs), median(slow_raw));
+    let (freeze_ms, raw_ms, hook_ms) = (freezes(&runs), median(raw), median(hook));
+    let (slow_freeze_ms, slow_raw_ms) = (freezes(&slow.runs), median(slow.raw));
     Ok(Figures {
         bench: "freeze",
         pvcs: CLAIMS,
         freeze_ms,
         raw_ms,
         ratio: ratio(freeze_ms, raw_ms),
+        hook_ms,
+        ratio_with_hook: ratio(freeze_ms, raw_ms + hook_ms),
         cut_spread_ms: median(runs.iter().filter_map(|run| run.cut_skew_ms).collect()),
         ready_20s: Ready20s {
             freeze_ms: slow_freeze_ms,
@@ -164,8 +171,16 @@ async fn deploy(ns: &Namespace) -> Result<()> {
     Ok(())
 }
 
-/// Takes turns; returns the times by hand in milliseconds, and the agent's runs.
-async fn rounds(ns: &Namespace, name: &str, class: &str) -> Result<(Vec<i64>, Vec<RunRecord>)> {
+/// The times by hand in milliseconds, and the agent's runs.
+#[derive(Default)]
+struct Rounds {
+    raw: Vec<i64>,
+    hook: Vec<i64>,
+    runs: Vec<RunRecord>,
+}
+
+/// Takes turns.
+async fn rounds(ns: &Namespace, name: &str, class: &str) -> Result<Rounds> {
     let mut spec = StatefulSetBackupSpec::new("app");
     spec.volume_snapshot_class_name = Some(class.to_owned());
     let hook = json!({ "command": ["true"] });
@@ -175,18 +190,21 @@ async fn rounds(ns: &Namespace, name: &str, class: &str) -> Result<(Vec<i64>, Ve
     let backup = Backup::create(ns, name, spec).await?;
     backup.await_runs(1).await?;
 
-    let (mut raw, mut runs) = (Vec::new(), Vec::new());
+    let mut rounds = Rounds::default();
     for round in 1..=ROUNDS {
         forget_snapshots(ns).await?;
-        raw.push(by_hand(ns, &format!("{name}-{round}"), class).await?);
+        rounds.raw.push(by_hand(ns, &format!("{name}-{round}"), class).await?);
         forget_snapshots(ns).await?;
         backup.request(&format!("round {round}")).await?;
         let run = backup.await_runs(round + 1).await?;
         ensure!(run.freeze_ms.is_some(), "run {} did not freeze: {}", run.id, run.message);
-        runs.push(run);
+        rounds.runs.push(run);
+        let began = Instant::now();
+        exec(ns.cluster(), ns.name(), "app-0", "app", &["true"]).await?.success()?;
+        rounds.hook.push(i64::try_from(began.elapsed().as_millis())?);
     }
     forget_snapshots(ns).await?;
-    Ok((raw, runs))
+    Ok(rounds)
 }
 
 /// Creates a snapshot of each claim at once; the milliseconds until all are seen to be cut.

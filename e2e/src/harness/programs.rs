@@ -35,6 +35,9 @@ pub const CSI: Module = Module { name: "csi", tags: "", packages: &[] };
 /// helm, which installs our charts.
 pub const HELM: Module = Module { name: "helm", tags: "", packages: &[] };
 
+/// Prometheus' own engine, to see which alerts fire: only the full tier's tests build it.
+pub const PROMETHEUS: Module = Module { name: "prometheus", tags: "", packages: &["./rules"] };
+
 impl Module {
     /// Its folder in the checkout.
     #[must_use]

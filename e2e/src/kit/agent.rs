@@ -39,7 +39,8 @@ const ROLLOUT_TIMEOUT: Duration = Duration::from_mins(2);
 const LEADER_TIMEOUT: Duration = Duration::from_mins(1);
 
 /// For a release that goes with a namespace.
-const WITHOUT_CLUSTER_SCOPED: &[&str] = &["--set=crds.install=false,userRoles.create=false"];
+const WITHOUT_CLUSTER_SCOPED: &[&str] =
+    &["--set=crds.install=false,userRoles.create=false,admissionPolicy.create=false"];
 
 /// Keeps other tests out of a cluster until it is dropped: [`alone`].
 #[must_use = "others are kept out until this is dropped"]

@@ -64,6 +64,12 @@ impl Backup {
         Self { home: home.clone(), ..self }
     }
 
+    /// One that a policy made.
+    #[must_use]
+    pub fn existing(ns: &Namespace, name: &str) -> Self {
+        Self { ns: ns.clone(), home: ns.clone(), name: name.to_owned() }
+    }
+
     /// The API of its kind in its namespace.
     #[must_use]
     pub fn api(&self) -> Api<StatefulSetBackup> {

@@ -87,6 +87,13 @@ impl Cluster {
         self.client.clone()
     }
 
+    /// For what another user does, who may do what roles grant them.
+    pub(super) async fn client_as(&self, user: &str) -> Result<Client> {
+        let mut config = config(&self.kubeconfig).await?;
+        config.auth_info.impersonate = Some(user.to_owned());
+        Client::try_from(config).context("make the client of a user")
+    }
+
     /// For exec, which must never be retried.
     pub(super) fn exec_client(&self) -> Client {
         self.exec_client.clone()

@@ -1,10 +1,13 @@
 //! What the smoke tier has no time for: agents that die, hang, lose their lease or their API server, in every way and
-//! again and again, and days that pass. `cargo e2e test --tier full` runs them one after the other, in the cluster without a shared agent.
+//! again and again, and days that pass. `cargo e2e test --tier full` runs them one after the other, in the cluster
+//! without a shared agent.
 
+mod alerts;
 mod api_faults;
 mod crashes;
 mod kills;
 mod leases;
+mod policies;
 mod retention;
 mod schedules;
 mod snapshots;

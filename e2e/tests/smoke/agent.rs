@@ -41,7 +41,8 @@ async fn the_installed_agent_may_not_read_secrets_or_delete_volumes() -> Result<
         ("", "pods", "delete", false),
         ("", "persistentvolumeclaims", "delete", false),
         ("apps", "statefulsets", "patch", false),
-        ("backup.sts-backup.io", "statefulsetbackups", "delete", false),
+        ("backup.sts-backup.io", "statefulsetbackuppolicies", "patch", false),
+        ("", "namespaces", "patch", false),
         ("", "pods", "list", true),
         ("snapshot.storage.k8s.io", "volumesnapshots", "create", true),
     ] {

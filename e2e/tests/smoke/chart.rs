@@ -52,8 +52,9 @@ async fn the_agent_is_granted_exactly_what_it_uses() -> Result<()> {
         }
     }
     let expected = [
-        "ClusterRole backup.sts-backup.io/statefulsetbackups get,list,watch,patch",
-        "ClusterRole backup.sts-backup.io/statefulsetbackups/status patch",
+        "ClusterRole backup.sts-backup.io/statefulsetbackups get,list,watch,create,patch,delete",
+        "ClusterRole backup.sts-backup.io/statefulsetbackuppolicies list,watch",
+        "ClusterRole backup.sts-backup.io/statefulsetbackups/status,statefulsetbackuppolicies/status patch",
         "ClusterRole apps/statefulsets get,list,watch",
         "ClusterRole /pods,persistentvolumeclaims get,list",
         "ClusterRole /persistentvolumes get",
@@ -124,5 +125,75 @@ async fn crds_stay_when_the_chart_is_uninstalled() -> Result<()> {
     }
     let without = objects(&json!({ "crds": { "install": false } })).await?;
     ensure!(!without.iter().any(|object| is_crd(&object)), "CRDs that were not wanted");
+    Ok(())
+}
+
+#[tokio::test]
+#[ignore = "needs helm: cargo e2e test"]
+async fn who_writes_hooks_is_asked_for_exec_unless_the_policies_are_not_wanted() -> Result<()> {
+    let judged = async |values: Value| -> Result<Vec<String>> {
+        let objects = objects(&values).await?;
+        let of_kind = |kind: &'static str| objects.iter().filter(move |object| object["kind"] == kind);
+        let bound: Vec<_> = of_kind("ValidatingAdmissionPolicyBinding").collect();
+        let mut judged = Vec::new();
+        for policy in of_kind("ValidatingAdmissionPolicy") {
+            let name = &policy["metadata"]["name"];
+            ensure!(policy["spec"]["failurePolicy"] == "Fail", "{name} lets pass what it cannot judge");
+            let binds = |binding: &&&Value| binding["spec"]["policyName"] == *name;
+            let binding = bound.iter().find(binds).with_context(|| format!("{name} is not bound"))?;
+            ensure!(words(&binding["spec"]["validationActions"]) == "Deny", "{name} does not deny");
+            let rule = &policy["spec"]["matchConstraints"]["resourceRules"][0];
+            judged.push(format!("{} {}", words(&rule["resources"]), words(&rule["operations"])));
+        }
+        ensure!(judged.len() == bound.len(), "a binding without its policy");
+        Ok(judged)
+    };
+    let (backups, policies) = ("statefulsetbackups CREATE,UPDATE", "statefulsetbackuppolicies CREATE,UPDATE");
+    let status = "statefulsetbackups/status UPDATE";
+    let by_default = judged(json!({})).await?;
+    ensure!(by_default == [backups, status, policies], "{by_default:?}");
+    // An agent that may not exec would be refused its own status.
+    let without_hooks = judged(json!({ "hooks": { "enabled": false } })).await?;
+    ensure!(without_hooks == [backups, policies], "{without_hooks:?}");
+    let unwanted = judged(json!({ "admissionPolicy": { "create": false } })).await?;
+    ensure!(unwanted.is_empty(), "{unwanted:?}");
+    Ok(())
+}
+
+#[tokio::test]
+#[ignore = "needs helm: cargo e2e test"]
+async fn alerts_and_scrapes_come_when_they_are_wanted() -> Result<()> {
+    let by_default = template(&json!({})).await?;
+    ensure!(!by_default.contains("monitoring.coreos.com"), "most clusters have no such CRDs");
+
+    let values = json!({ "metrics": {
+        "serviceMonitor": { "create": true, "labels": { "release": "prom" } },
+        "prometheusRule": {
+            "create": true,
+            "labels": { "release": "prom" },
+            "disabled": ["StsBackupUnprotected"],
+            "runbookBase": "https://git.example.com/",
+        },
+    } });
+    let objects = objects(&values).await?;
+    let of_kind = |kind: &str| {
+        let found = objects.iter().find(|object| object["kind"] == kind);
+        let found = found.with_context(|| format!("no {kind}"))?;
+        ensure!(found["metadata"]["labels"]["release"] == "prom", "Prometheus does not find {kind}");
+        anyhow::Ok(found)
+    };
+    let endpoint = &of_kind("ServiceMonitor")?["spec"]["endpoints"][0];
+    ensure!(endpoint["honorLabels"] == true, "the namespace of the agent would hide that of the backup");
+
+    let written: Value =
+        serde_saphyr::from_str(&std::fs::read_to_string(agent_chart().join("files/alerts.yaml"))?)?;
+    let mut expected = written["groups"][0]["rules"].as_array().context("no rules")?.clone();
+    expected.retain(|rule| rule["alert"] != "StsBackupUnprotected");
+    for rule in &mut expected {
+        let runbook = rule["annotations"]["runbook_url"].as_str().context("no runbook")?;
+        rule["annotations"]["runbook_url"] = json!(format!("https://git.example.com/{runbook}"));
+    }
+    let rules = &of_kind("PrometheusRule")?["spec"]["groups"][0]["rules"];
+    ensure!(*rules == json!(expected), "{rules:#}");
     Ok(())
 }

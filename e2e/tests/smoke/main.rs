@@ -2,6 +2,7 @@
 //!
 //! They are fast, and `cargo e2e test` makes the clusters and runs them. Of the agent they only ask that it runs.
 
+mod admission;
 mod agent;
 mod backup_api;
 mod backups;
@@ -18,6 +19,7 @@ mod grants;
 mod hooks;
 mod lifecycle;
 mod plugin;
+mod policies;
 mod proxy;
 mod retention;
 mod schedules;

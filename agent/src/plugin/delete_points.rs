@@ -1,0 +1,193 @@
+//! `delete-points`: deletes recovery points, each as a whole, one after the other.
+
+use std::io::{self, BufRead, IsTerminal};
+
+use futures::{StreamExt, stream};
+use kube::api::{DeleteParams, Preconditions};
+use kube::{Api, ResourceExt};
+use sts_backup_api::points::{is_held, is_in_use};
+use sts_backup_api::run::RecoveryPoint;
+use sts_backup_api::snapshot::VolumeSnapshot;
+
+use super::args::DeletePoints;
+use super::cluster::{Cluster, Scope};
+use super::describe_run;
+use super::error::{Error, not_found};
+use super::owned::{Owned, PARALLEL};
+use super::table::count;
+use super::{Exit, output};
+use crate::clock;
+
+/// How often a snapshot that changes all the time is looked at again.
+const TRIES: usize = 10;
+
+/// Deletes the points that are named.
+pub(super) async fn delete_points(cluster: &Cluster, which: &DeletePoints) -> Result<Exit, Error> {
+    let owned = Owned::read(cluster, &which.name).await?;
+    let chosen = chosen(&owned, which)?;
+    if !which.yes {
+        output::complain(describe_run::points(&chosen, clock::now()).trim_end());
+        if !confirmed(&question(&owned, &chosen))? {
+            return Err(Error::Ended {
+                exit: Exit::Failure,
+                message: "nothing was deleted".to_owned(),
+                remedy: None,
+            });
+        }
+    }
+    // While somebody thought about it a point can have been held, or taken into use.
+    let owned = Owned::read(cluster, &which.name).await?;
+    let mut failures = Vec::new();
+    for point in self::chosen(&owned, which)? {
+        let members = owned.members(&point.id);
+        let deleted = stream::iter(&members).map(async |snapshot| delete(cluster, snapshot).await);
+        let deleted: Vec<_> = deleted.buffer_unordered(PARALLEL).collect().await;
+        let failed: Vec<_> = deleted.into_iter().filter_map(Result::err).map(|err| err.brief()).collect();
+        if failed.is_empty() {
+            let snapshots = count(members.len(), "VolumeSnapshot");
+            output::print(&format!("recovery point {} deleted: {snapshots}\n", point.id))?;
+        } else {
+            failures.push(format!("recovery point {}: {}", point.id, failed.join("; ")));
+        }
+    }
+    if failures.is_empty() {
+        return Ok(Exit::Success);
+    }
+    Err(Error::Ended {
+        exit: Exit::Failure,
+        message: format!("not deleted as a whole: {}", failures.join("; ")),
+        remedy: Some(format!(
+            "kubectl stsbackup points {} -n {} shows what is left; the same command goes on",
+            owned.name, owned.namespace
+        )),
+    })
+}
+
+/// The points that are named, if all of them may be deleted.
+fn chosen(owned: &Owned, which: &DeletePoints) -> Result<Vec<RecoveryPoint>, Error> {
+    let mut chosen: Vec<RecoveryPoint> = Vec::new();
+    for name in &which.points {
+        let point = owned.point(name)?;
+        if !chosen.contains(&point) {
+            chosen.push(point);
+        }
+    }
+    let refusals = refusals(owned, &chosen, which.force);
+    if refusals.is_empty() {
+        return Ok(chosen);
+    }
+    Err(Error::Ended {
+        exit: Exit::Failure,
+        message: format!("nothing was deleted: {}", refusals.join("; ")),
+        remedy: None,
+    })
+}
+
+/// Why points may not be deleted.
+fn refusals(owned: &Owned, chosen: &[RecoveryPoint], force: bool) -> Vec<String> {
+    let Owned { namespace, name, .. } = owned;
+    let in_use = owned.in_use();
+    let mut refusals = Vec::new();
+    for RecoveryPoint { id, hold, .. } in chosen {
+        if Some(id) == owned.current_run() {
+            refusals.push(format!("{id} is the run under way: wait for its end"));
+        } else if *hold {
+            refusals.push(format!("{id} is on hold: kubectl stsbackup release {name} {id} -n {namespace}"));
+        } else if in_use.contains(id) {
+            refusals.push(format!("a volume is being made from {id}: wait until it is bound"));
+        }
+    }
+    let mut complete = owned.points();
+    complete.retain(|point| point.complete && Some(&point.id) != owned.current_run());
+    if let Some(newest) = complete.first()
+        && complete.iter().all(|point| chosen.contains(point))
+        && !force
+    {
+        refusals.push(format!(
+            "{} is the last complete recovery point: --force deletes it all the same",
+            newest.id
+        ));
+    }
+    refusals
+}
+
+fn question(owned: &Owned, chosen: &[RecoveryPoint]) -> String {
+    let snapshots = chosen.iter().map(|point| owned.members(&point.id).len()).sum();
+    format!(
+        "Delete {} ({}) of {}? [y/N]",
+        count(chosen.len(), "recovery point"),
+        count(snapshots, "VolumeSnapshot"),
+        owned.full_name()
+    )
+}
+
+/// Asks the person at the terminal.
+fn confirmed(question: &str) -> Result<bool, Error> {
+    let stdin = io::stdin();
+    if !stdin.is_terminal() {
+        return Err(Error::Ended {
+            exit: Exit::Usage,
+            message: "nothing was deleted: there is no terminal to ask at".to_owned(),
+            remedy: Some("--yes deletes without asking".to_owned()),
+        });
+    }
+    output::complain(question);
+    let mut answer = String::new();
+    stdin.lock().read_line(&mut answer).map_err(|source| Error::Ask { source })?;
+    Ok(is_yes(&answer))
+}
+
+fn is_yes(answer: &str) -> bool {
+    ["y", "yes"].contains(&answer.trim().to_ascii_lowercase().as_str())
+}
+
+/// Deletes a snapshot as it was seen: one that has changed since is looked at again.
+async fn delete(cluster: &Cluster, snapshot: &VolumeSnapshot) -> Result<(), Error> {
+    let (namespace, name) = (snapshot.namespace().unwrap_or_default(), snapshot.name_any());
+    let object = format!("VolumeSnapshot {namespace}/{name}");
+    let api: Api<VolumeSnapshot> = cluster.api(&Scope::Namespace(namespace.clone()));
+    let mut seen = snapshot.clone();
+    for _ in 0..TRIES {
+        match api.delete(&name, &as_seen(&seen)).await {
+            Ok(_) => return Ok(()),
+            Err(kube::Error::Api(status)) if not_found(&status) => return Ok(()),
+            Err(kube::Error::Api(status)) if status.code == 409 => {}
+            Err(err) => {
+                return Err(Error::of(&format!("delete {object}"), Some((&namespace, &object)), err));
+            }
+        }
+        let found = api.get_opt(&name).await;
+        let found = found.map_err(|err| Error::of(&format!("read {object}"), None, err))?;
+        match found.filter(|found| found.uid() == seen.uid()) {
+            Some(found) => seen = still_to_delete(found, &object)?,
+            None => return Ok(()),
+        }
+    }
+    Err(Error::Ended {
+        exit: Exit::Failure,
+        message: format!("delete {object}: it changes all the time"),
+        remedy: None,
+    })
+}
+
+fn as_seen(snapshot: &VolumeSnapshot) -> DeleteParams {
+    let preconditions = Preconditions { resource_version: snapshot.resource_version(), uid: snapshot.uid() };
+    DeleteParams { preconditions: Some(preconditions), ..DeleteParams::default() }
+}
+
+/// The snapshot, unless somebody wants it now.
+fn still_to_delete(snapshot: VolumeSnapshot, object: &str) -> Result<VolumeSnapshot, Error> {
+    let why = if is_held(&snapshot) {
+        "it was put on hold meanwhile"
+    } else if is_in_use(&snapshot) {
+        "a volume is being made from it"
+    } else {
+        return Ok(snapshot);
+    };
+    let message = format!("delete {object}: {why}");
+    Err(Error::Ended { exit: Exit::Failure, message, remedy: None })
+}
+
+#[cfg(test)]
+#[path = "delete_points_tests.rs"]
+mod tests;

@@ -1,0 +1,124 @@
+//! What the policy controller shows: coverage of the cluster and of each policy, computed at the scrape from what is
+//! watched, so a restart changes nothing.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use futures::FutureExt;
+use kube::ResourceExt;
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric};
+use prometheus_client::metrics::MetricType;
+use prometheus_client::metrics::gauge::ConstGauge;
+use sts_backup_api::coverage::{Protectee, SetName, coverage};
+use sts_backup_api::policy::StatefulSetBackupPolicyStatus;
+
+use super::observe::{BackupFacts, Stores, World};
+use crate::clock;
+use crate::metrics::Metrics;
+
+#[derive(Clone, Debug, EncodeLabelSet)]
+struct InNamespace {
+    namespace: String,
+}
+
+#[derive(Clone, Debug, EncodeLabelSet)]
+struct OfPolicy {
+    policy: String,
+}
+
+/// Shows the metrics from now on.
+pub(super) fn register(metrics: &Metrics, stores: Stores) {
+    metrics.register(|registry| registry.register_collector(Box::new(Scrape { stores })));
+}
+
+struct Scrape {
+    stores: Stores,
+}
+
+impl fmt::Debug for Scrape {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.debug_struct("Scrape").finish_non_exhaustive()
+    }
+}
+
+type Gauge = (&'static str, &'static str, fn(&StatefulSetBackupPolicyStatus) -> i64);
+
+const GAUGES: [Gauge; 3] = [
+    ("sts_backup_policy_matched", "StatefulSets that the policy selects", |status| status.matched),
+    ("sts_backup_policy_protected", "StatefulSets of these that are protected", |status| status.protected),
+    ("sts_backup_policy_overdue", "StatefulSets of these that are overdue", |status| status.overdue),
+];
+
+impl Collector for Scrape {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
+        // Before the first lists are complete all would be unprotected.
+        let is_complete = matches!(self.stores.ready().now_or_never(), Some(Ok(())));
+        let unprotected = if is_complete { unprotected(&self.stores.observe()) } else { BTreeMap::new() };
+        let mut family = encoder.encode_descriptor(
+            "sts_backup_unprotected_statefulsets",
+            "StatefulSets with claims that no backup names, or only suspended ones",
+            None,
+            MetricType::Gauge,
+        )?;
+        for (namespace, count) in unprotected {
+            ConstGauge::new(count).encode(family.encode_family(&InNamespace { namespace })?)?;
+        }
+        for (name, help, value) in GAUGES {
+            let mut family = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
+            for policy in self.stores.policies.state() {
+                if let Some(status) = &policy.status {
+                    let labels = OfPolicy { policy: policy.name_any() };
+                    ConstGauge::new(value(status)).encode(family.encode_family(&labels)?)?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// How many are unprotected in each namespace that has something to protect.
+fn unprotected(world: &World) -> BTreeMap<String, i64> {
+    let sets = || {
+        world.sets.iter().map(|((namespace, name), facts)| Protectee {
+            set: SetName { namespace, name },
+            created: facts.created,
+            excluded: facts.excluded
+                || !facts.has_claims
+                || world.namespaces.get(namespace).is_none_or(|namespace| namespace.excluded),
+        })
+    };
+    let mut counts: BTreeMap<String, i64> =
+        sets().filter(|set| !set.excluded).map(|set| (set.set.namespace.to_owned(), 0)).collect();
+    // Without an RPO nothing depends on the time.
+    let found = coverage(sets(), world.backups.iter().map(BackupFacts::protection), None, clock::now());
+    for set in found.unprotected {
+        *counts.entry(set.namespace.to_owned()).or_default() += 1;
+    }
+    counts
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::policy::tests::world;
+
+    #[test]
+    fn what_nothing_protects_is_counted_by_namespace() {
+        let world = world()
+            .namespace("shop", &[])
+            .namespace("bank", &[])
+            .namespace("dev", &[])
+            .excluded_namespace("dev")
+            .set("shop/db", &[])
+            .set("shop/cache", &[])
+            .set("bank/db", &[])
+            .set("dev/db", &[])
+            .set("shop/opted-out", &[])
+            .excluded("shop/opted-out")
+            .by_hand("shop/mine", "db", None)
+            .by_hand("bank/mine", "db", None);
+        let expected = [("bank".to_owned(), 0), ("shop".to_owned(), 1)];
+        assert_eq!(unprotected(&world.facts()), expected.into());
+    }
+}

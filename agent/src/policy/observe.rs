@@ -1,0 +1,359 @@
+//! Watches the cluster, and tells what is known of it as plain facts: the only room that asks the API server questions.
+//!
+//! It judges nothing. Of each object it keeps what decisions need, and nothing else.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fmt::Debug;
+use std::hash::Hash;
+use std::sync::Arc;
+
+use futures::StreamExt;
+use jiff::Timestamp;
+use k8s_openapi::api::apps::v1::StatefulSet;
+use k8s_openapi::api::core::v1::Namespace;
+use kube::api::ObjectMeta;
+use kube::core::PartialObjectMeta;
+use kube::runtime::reflector::{self, Store};
+use kube::runtime::watcher::{Config as WatcherConfig, Error as WatchError, watcher};
+use kube::runtime::{WatchStreamExt, reflector::store::WriterDropped};
+use kube::{Api, Client, Resource, ResourceExt};
+use serde::Deserialize;
+use serde::de::{DeserializeOwned, IgnoredAny};
+use sts_backup_api::backup::{StatefulSetBackup, StatefulSetBackupStatus};
+use sts_backup_api::coverage::newest_complete;
+use sts_backup_api::names::{
+    ALLOW_BACKUP_FROM_ANNOTATION, EXCLUDE_ANNOTATION, FROM_POLICY_LABEL, TEMPLATE_HASH_ANNOTATION,
+};
+use sts_backup_api::policy::StatefulSetBackupPolicy;
+use tokio::sync::Notify;
+use tokio::task::JoinSet;
+use tracing::warn;
+
+use crate::backup::observe::is_granted_by;
+use crate::config::HookProfile;
+use crate::telemetry;
+
+/// How many objects of a list come at once: what is not kept of them is gone before the next ones come.
+const PAGE: u32 = 100;
+
+/// A `StatefulSet`, or a backup: namespace and name.
+pub(super) type Key = (String, String);
+
+/// A `StatefulSet` as far as it is read: whether it has claims is all that matters of its spec.
+#[derive(Resource, Clone, Debug, Deserialize)]
+#[resource(inherit = "StatefulSet")]
+pub(super) struct KnownSet {
+    metadata: ObjectMeta,
+    #[serde(default)]
+    spec: KnownSetSpec,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct KnownSetSpec {
+    #[serde(default)]
+    volume_claim_templates: Vec<IgnoredAny>,
+}
+
+/// All that is known at one moment.
+#[derive(Clone, Debug, Default)]
+pub(super) struct World {
+    pub(super) policies: Vec<PolicyFacts>,
+    pub(super) sets: BTreeMap<Key, SetFacts>,
+    /// Those that are known, and not being deleted.
+    pub(super) namespaces: HashMap<String, NamespaceFacts>,
+    pub(super) backups: Vec<BackupFacts>,
+    /// The hooks that the agent's configuration names.
+    pub(super) hook_profiles: Arc<BTreeMap<String, HookProfile>>,
+}
+
+/// A policy.
+#[derive(Clone, Debug)]
+pub(super) struct PolicyFacts {
+    pub(super) name: String,
+    pub(super) uid: String,
+    pub(super) deleting: bool,
+    pub(super) object: Arc<StatefulSetBackupPolicy>,
+}
+
+/// A `StatefulSet`.
+#[derive(Clone, Debug)]
+pub(super) struct SetFacts {
+    pub(super) labels: BTreeMap<String, String>,
+    pub(super) created: Timestamp,
+    pub(super) has_claims: bool,
+    /// It carries the annotation that keeps policies away.
+    pub(super) excluded: bool,
+    pub(super) deleting: bool,
+}
+
+/// A namespace.
+#[derive(Clone, Debug, Default)]
+pub(super) struct NamespaceFacts {
+    pub(super) labels: BTreeMap<String, String>,
+    /// It carries the annotation that keeps policies away.
+    pub(super) excluded: bool,
+}
+
+/// A backup whose `StatefulSet` is in its own namespace, or in one that grants it.
+#[derive(Clone, Debug)]
+pub(super) struct BackupFacts {
+    pub(super) key: Key,
+    pub(super) uid: String,
+    /// The uid of the policy that owns it; none: somebody wrote it by hand.
+    pub(super) owner: Option<String>,
+    /// The policy that its label names.
+    pub(super) from_policy: Option<String>,
+    pub(super) set: Key,
+    pub(super) newest: Option<Timestamp>,
+    pub(super) deleting: bool,
+    pub(super) object: Arc<StatefulSetBackup>,
+}
+
+/// What is watched, as of now.
+#[derive(Clone)]
+pub(super) struct Stores {
+    pub(super) policies: Store<StatefulSetBackupPolicy>,
+    backups: Store<StatefulSetBackup>,
+    sets: Store<KnownSet>,
+    namespaces: Store<PartialObjectMeta<Namespace>>,
+    hook_profiles: Arc<BTreeMap<String, HookProfile>>,
+}
+
+impl Stores {
+    /// Watches in tasks, and notifies of every change.
+    pub(super) fn watch(
+        client: &Client,
+        hook_profiles: BTreeMap<String, HookProfile>,
+        changed: &Arc<Notify>,
+        tasks: &mut JoinSet<()>,
+    ) -> Self {
+        Self {
+            policies: follow(Api::all(client.clone()), keep_of_policy, changed, tasks),
+            backups: follow(Api::all(client.clone()), keep_of_backup, changed, tasks),
+            sets: follow(Api::all(client.clone()), keep_of_set, changed, tasks),
+            namespaces: follow(Api::all(client.clone()), keep_of_namespace, changed, tasks),
+            hook_profiles: Arc::new(hook_profiles),
+        }
+    }
+
+    /// Waits until everything was listed once: before that nothing is known to be gone.
+    pub(super) async fn ready(&self) -> Result<(), WriterDropped> {
+        self.policies.wait_until_ready().await?;
+        self.backups.wait_until_ready().await?;
+        self.sets.wait_until_ready().await?;
+        self.namespaces.wait_until_ready().await
+    }
+
+    /// The facts as they are now.
+    pub(super) fn observe(&self) -> World {
+        let namespaces = self.namespaces.state();
+        // A foreign backup counts where it may be taken: else whoever writes one could keep a policy from its work.
+        let is_granted = |home: &str, to: &str| {
+            namespaces.iter().any(|namespace| namespace.name_any() == home && is_granted_by(&**namespace, to))
+        };
+        let backups = self.backups.state().into_iter().map(backup_facts);
+        let backups = backups.filter(|backup| {
+            let (own, home) = (&backup.key.0, &backup.set.0);
+            own == home || is_granted(home, own)
+        });
+        World {
+            policies: self.policies.state().into_iter().map(policy_facts).collect(),
+            backups: backups.collect(),
+            sets: self.sets.state().iter().map(|set| (key_of(&**set), set_facts(set))).collect(),
+            namespaces: namespaces
+                .iter()
+                .filter(|namespace| namespace.metadata.deletion_timestamp.is_none())
+                .map(|namespace| (namespace.name_any(), namespace_facts(namespace)))
+                .collect(),
+            hook_profiles: Arc::clone(&self.hook_profiles),
+        }
+    }
+}
+
+/// Watches a kind, keeps some of each object, and notifies of every change.
+fn follow<K>(api: Api<K>, keep: fn(&mut K), changed: &Arc<Notify>, tasks: &mut JoinSet<()>) -> Store<K>
+where
+    K: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + Sync + 'static,
+    K::DynamicType: Eq + Hash + Clone,
+{
+    let (store, writer) = reflector::store();
+    let changed = Arc::clone(changed);
+    let config = WatcherConfig::default().page_size(PAGE);
+    tasks.spawn(async move {
+        let events = watcher(api, config).default_backoff().modify(keep).reflect(writer);
+        let mut events = std::pin::pin!(events);
+        while let Some(event) = events.next().await {
+            match event {
+                Ok(_) => changed.notify_one(),
+                Err(err) => tell(&err, &K::kind(&())),
+            }
+        }
+    });
+    store
+}
+
+fn tell(err: &WatchError, kind: &str) {
+    warn!(error = %telemetry::chain(err), kind, "objects cannot be watched");
+}
+
+fn keep_of_metadata(metadata: &mut ObjectMeta, annotations: &[&str]) {
+    metadata.managed_fields = None;
+    if let Some(all) = &mut metadata.annotations {
+        all.retain(|name, _| annotations.contains(&name.as_str()));
+    }
+}
+
+fn keep_of_policy(policy: &mut StatefulSetBackupPolicy) {
+    keep_of_metadata(&mut policy.metadata, &[]);
+}
+
+fn keep_of_set(set: &mut KnownSet) {
+    keep_of_metadata(&mut set.metadata, &[EXCLUDE_ANNOTATION]);
+    set.metadata.owner_references = None;
+    set.spec.volume_claim_templates.truncate(1);
+}
+
+fn keep_of_namespace(namespace: &mut PartialObjectMeta<Namespace>) {
+    keep_of_metadata(&mut namespace.metadata, &[EXCLUDE_ANNOTATION, ALLOW_BACKUP_FROM_ANNOTATION]);
+}
+
+fn keep_of_backup(backup: &mut StatefulSetBackup) {
+    keep_of_metadata(&mut backup.metadata, &[TEMPLATE_HASH_ANNOTATION]);
+    backup.status = backup.status.take().map(|mut status| {
+        let newest = newest_complete(&status);
+        let newest =
+            status.recovery_points.drain(..).find(|point| point.complete && Some(point.time.0) == newest);
+        StatefulSetBackupStatus { recovery_points: newest.into_iter().collect(), ..Default::default() }
+    });
+}
+
+fn key_of<K: ResourceExt>(object: &K) -> Key {
+    (object.namespace().unwrap_or_default(), object.name_any())
+}
+
+fn is_excluded<K: ResourceExt>(object: &K) -> bool {
+    object.annotations().get(EXCLUDE_ANNOTATION).is_some_and(|value| value == "true")
+}
+
+fn policy_facts(object: Arc<StatefulSetBackupPolicy>) -> PolicyFacts {
+    PolicyFacts {
+        name: object.name_any(),
+        uid: object.uid().unwrap_or_default(),
+        deleting: object.metadata.deletion_timestamp.is_some(),
+        object,
+    }
+}
+
+fn set_facts(set: &KnownSet) -> SetFacts {
+    SetFacts {
+        labels: set.labels().clone(),
+        created: set.creation_timestamp().map(|time| time.0).unwrap_or_default(),
+        has_claims: !set.spec.volume_claim_templates.is_empty(),
+        excluded: is_excluded(set),
+        deleting: set.metadata.deletion_timestamp.is_some(),
+    }
+}
+
+fn namespace_facts(namespace: &PartialObjectMeta<Namespace>) -> NamespaceFacts {
+    NamespaceFacts { labels: namespace.labels().clone(), excluded: is_excluded(namespace) }
+}
+
+/// What is known of a backup.
+pub(super) fn backup_facts(object: Arc<StatefulSetBackup>) -> BackupFacts {
+    let key = key_of(&*object);
+    let target = &object.spec.stateful_set_ref;
+    let is_policy = |kind: &str, version: &str| {
+        kind == StatefulSetBackupPolicy::kind(&())
+            && version.split('/').next() == Some(&*StatefulSetBackupPolicy::group(&()))
+    };
+    let owner = object.owner_references().iter().find(|owner| is_policy(&owner.kind, &owner.api_version));
+    BackupFacts {
+        uid: object.uid().unwrap_or_default(),
+        owner: owner.map(|owner| owner.uid.clone()),
+        from_policy: object.labels().get(FROM_POLICY_LABEL).cloned(),
+        set: (target.namespace_or(&key.0).to_owned(), target.name.clone()),
+        newest: object.status.as_ref().and_then(newest_complete),
+        deleting: object.metadata.deletion_timestamp.is_some(),
+        key,
+        object,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn only_what_matters_of_a_stateful_set_is_kept() {
+        let mut set: KnownSet = serde_json::from_value(json!({
+            "apiVersion": "apps/v1", "kind": "StatefulSet",
+            "metadata": {
+                "name": "db", "namespace": "shop", "creationTimestamp": "2026-01-01T00:00:00Z",
+                "labels": { "tier": "gold" },
+                "annotations": { EXCLUDE_ANNOTATION: "true", "kubectl.kubernetes.io/last": "long" },
+                "managedFields": [{ "manager": "kubectl" }],
+            },
+            "spec": {
+                "replicas": 3, "serviceName": "db", "selector": {}, "template": { "spec": { "containers": [] } },
+                "volumeClaimTemplates": [{ "metadata": { "name": "data" } }, { "metadata": { "name": "log" } }],
+            },
+            "status": { "replicas": 3 },
+        }))
+        .unwrap();
+        keep_of_set(&mut set);
+        assert_eq!(set.metadata.managed_fields, None);
+        assert_eq!(set.annotations().len(), 1);
+        let facts = set_facts(&set);
+        assert!(facts.has_claims && facts.excluded && !facts.deleting);
+        assert_eq!(facts.labels["tier"], "gold");
+
+        let without: KnownSet = serde_json::from_value(json!({ "metadata": { "name": "web" } })).unwrap();
+        assert!(!set_facts(&without).has_claims);
+    }
+
+    #[test]
+    fn of_a_backup_s_points_the_newest_complete_one_is_kept() {
+        let point = |id: &str, day: u8, complete: bool| {
+            json!({
+                "id": id, "time": format!("2026-01-0{day}T00:00:00.000000Z"), "complete": complete, "readyVolumes": 1,
+                "expectedVolumes": 1, "replicas": 1, "consistency": "Application", "sizeBytes": 1, "hold": false,
+            })
+        };
+        let mut backup: StatefulSetBackup = serde_json::from_value(json!({
+            "apiVersion": "backup.sts-backup.io/v1alpha1", "kind": "StatefulSetBackup",
+            "metadata": { "name": "nightly", "namespace": "shop", "uid": "1" },
+            "spec": { "statefulSetRef": { "name": "db" } },
+            "status": { "missedRuns": 7, "recoveryPoints": [point("c", 3, false), point("b", 2, true), point("a", 1, true)] },
+        }))
+        .unwrap();
+        keep_of_backup(&mut backup);
+        let facts = backup_facts(Arc::new(backup));
+        assert_eq!(facts.newest, Some("2026-01-02T00:00:00Z".parse().unwrap()));
+        let status = facts.object.status.as_ref().unwrap();
+        assert_eq!((status.recovery_points.len(), status.missed_runs), (1, 0));
+        assert_eq!((facts.owner, facts.set), (None, ("shop".to_owned(), "db".to_owned())));
+    }
+
+    #[test]
+    fn only_a_policy_of_ours_is_an_owner() {
+        let owned = |version: &str, kind: &str| {
+            let backup = json!({
+                "apiVersion": "backup.sts-backup.io/v1alpha1", "kind": "StatefulSetBackup",
+                "metadata": {
+                    "name": "x", "namespace": "shop",
+                    "ownerReferences": [{ "apiVersion": version, "kind": kind, "name": "gold", "uid": "7" }],
+                },
+                "spec": { "statefulSetRef": { "name": "db" } },
+            });
+            backup_facts(Arc::new(serde_json::from_value(backup).unwrap())).owner
+        };
+        let kind = "StatefulSetBackupPolicy";
+        assert_eq!(owned("backup.sts-backup.io/v1alpha1", kind), Some("7".to_owned()));
+        assert_eq!(owned("backup.sts-backup.io/v1", kind), Some("7".to_owned()));
+        assert_eq!(owned("example.com/v1", kind), None);
+        assert_eq!(owned("backup.sts-backup.io/v1alpha1", "Other"), None);
+    }
+}

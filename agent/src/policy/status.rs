@@ -1,0 +1,238 @@
+//! Turns a plan and what came of its writes into the status that users see, and into Events. Pure.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use jiff::Timestamp;
+use sts_backup_api::conditions::{self, APPLIED, NAME_TAKEN, READY};
+use sts_backup_api::coverage::SetName;
+use sts_backup_api::policy::{
+    MAX_LISTED_CONFLICTS, MAX_LISTED_NAMES, PolicyConflict, StatefulSetBackupPolicyStatus,
+};
+
+use super::decide::{PolicyPlan, Selected, Step, Verdict};
+use super::observe::Key;
+use crate::events::Note;
+
+/// A reason: the API server did not do what it was asked.
+const WRITE_FAILED: &str = "WriteFailed";
+
+/// How many names an Event or a message has.
+const NAMED: usize = 5;
+
+/// What came of a plan's steps.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Results {
+    /// The steps that are done.
+    pub(super) done: BTreeSet<usize>,
+    /// Those that failed, now or before, and why.
+    pub(super) failed: BTreeMap<usize, String>,
+}
+
+/// The status after the steps.
+pub(super) fn next_status(
+    plan: &PolicyPlan<'_>,
+    results: &Results,
+    now: Timestamp,
+) -> StatefulSetBackupPolicyStatus {
+    let policy = &plan.policy.object;
+    let written: BTreeSet<&Key> = results.done.iter().map(|at| plan.steps[*at].key()).collect();
+    let unprotected: Vec<SetName<'_>> = plan
+        .selected
+        .iter()
+        .filter(|selected| !is_protected(selected, &written))
+        .map(|selected| selected.set)
+        .collect();
+    let mut conflicts: Vec<PolicyConflict> = plan
+        .conflicts
+        .iter()
+        .map(|(policy, conflict)| PolicyConflict {
+            policy: (*policy).to_owned(),
+            prevails: conflict.prevails,
+            stateful_sets: count(conflict.sets),
+            example: text(conflict.example),
+        })
+        .collect();
+    // Those that take most from this policy are the ones to know of.
+    conflicts.sort_by_key(|conflict| (!conflict.prevails, std::cmp::Reverse(conflict.stateful_sets)));
+    conflicts.truncate(MAX_LISTED_CONFLICTS);
+    let mut status = StatefulSetBackupPolicyStatus {
+        observed_generation: policy.metadata.generation,
+        conditions: policy.status.as_ref().map(|status| status.conditions.clone()).unwrap_or_default(),
+        matched: count(plan.selected.len()),
+        protected: count(plan.selected.len() - unprotected.len()),
+        first_unprotected: first(&unprotected),
+        overdue: count(plan.overdue.len()),
+        first_overdue: first(&plan.overdue),
+        conflicts,
+    };
+    let mut set = |type_, is_so, reason: &str, message: &str| {
+        conditions::set(
+            &mut status.conditions,
+            type_,
+            (is_so, reason, message),
+            policy.metadata.generation,
+            now,
+        );
+    };
+    match &plan.problem {
+        Some(problem) => set(READY, false, problem.reason, &problem.message),
+        None => set(READY, true, "Usable", "the spec can be used"),
+    }
+    let (is_applied, reason, message) = applied(plan, results, &written);
+    set(APPLIED, is_applied, reason, &message);
+    status
+}
+
+fn is_protected(selected: &Selected<'_>, written: &BTreeSet<&Key>) -> bool {
+    let Selected { set, verdict, protected_otherwise } = selected;
+    let by_own = match verdict {
+        Verdict::Backed { suspended } => !suspended,
+        Verdict::Write { name, exists, suspended } => {
+            !suspended && (*exists || written.contains(&(set.namespace.to_owned(), name.clone())))
+        }
+        Verdict::Unusable
+        | Verdict::Yields { .. }
+        | Verdict::HandWritten { .. }
+        | Verdict::Awaits { .. }
+        | Verdict::NameTaken { .. } => false,
+    };
+    by_own || *protected_otherwise
+}
+
+/// Whether all is written, and what is not.
+fn applied(
+    plan: &PolicyPlan<'_>,
+    results: &Results,
+    written: &BTreeSet<&Key>,
+) -> (bool, &'static str, String) {
+    if let Some((at, why)) = results.failed.first_key_value() {
+        let (namespace, name) = plan.steps[*at].key();
+        let message = format!(
+            "{} of {} writes failed and are tried again; StatefulSetBackup {namespace}/{name}: {why}",
+            results.failed.len(),
+            plan.steps.len()
+        );
+        return (false, WRITE_FAILED, message);
+    }
+    let taken = plan.selected.iter().filter_map(|selected| match &selected.verdict {
+        Verdict::NameTaken { backup } => Some(*backup),
+        Verdict::Backed { .. }
+        | Verdict::Write { .. }
+        | Verdict::Unusable
+        | Verdict::Yields { .. }
+        | Verdict::HandWritten { .. }
+        | Verdict::Awaits { .. } => None,
+    });
+    let taken: Vec<&Key> = taken.collect();
+    if let Some((namespace, name)) = taken.first() {
+        let message = format!(
+            "{} StatefulSets have no backup: StatefulSetBackup {namespace}/{name} is not of this policy and stays as it \
+             is; rename or delete it",
+            taken.len()
+        );
+        return (false, NAME_TAKEN, message);
+    }
+    if let Some(problem) = &plan.problem {
+        return (false, problem.reason, "nothing is written until the spec can be used".to_owned());
+    }
+    let waiting: Vec<SetName<'_>> = plan
+        .selected
+        .iter()
+        .filter(|selected| match &selected.verdict {
+            Verdict::Awaits { .. } => true,
+            Verdict::Write { name, .. } => {
+                !written.contains(&(selected.set.namespace.to_owned(), name.clone()))
+            }
+            Verdict::Backed { .. }
+            | Verdict::Unusable
+            | Verdict::Yields { .. }
+            | Verdict::HandWritten { .. }
+            | Verdict::NameTaken { .. } => false,
+        })
+        .map(|selected| selected.set)
+        .collect();
+    if !waiting.is_empty() {
+        let message =
+            format!("an earlier backup is still to go, or changed meanwhile, of {}", some(&waiting));
+        return (false, "Waiting", message);
+    }
+    (true, "Applied", "every StatefulSet that is this policy's has its backup".to_owned())
+}
+
+/// The Events about what was written.
+pub(super) fn write_notes(plan: &PolicyPlan<'_>, results: &Results) -> Vec<Note> {
+    let (mut created, mut updated, mut deleted) = (Vec::new(), Vec::new(), Vec::new());
+    for step in results.done.iter().map(|at| &plan.steps[*at]) {
+        let list = match step {
+            Step::Create(_) => &mut created,
+            Step::Update { .. } => &mut updated,
+            Step::Delete { .. } => &mut deleted,
+        };
+        let (namespace, name) = step.key();
+        list.push(SetName { namespace, name });
+    }
+    let notes = [
+        ("BackupsCreated", "Create", "created", &created),
+        ("BackupsUpdated", "Update", "updated to the template", &updated),
+        ("BackupsRemoved", "Remove", "removed, with its recovery points left as they are", &deleted),
+    ];
+    notes
+        .into_iter()
+        .filter(|(.., names)| !names.is_empty())
+        .map(|(reason, action, what, names)| Note::normal(reason, action, format!("{what}: {}", some(names))))
+        .collect()
+}
+
+/// The Events about what has changed in the status.
+pub(super) fn change_notes(
+    old: &StatefulSetBackupPolicyStatus,
+    new: &StatefulSetBackupPolicyStatus,
+) -> Vec<Note> {
+    let mut notes = Vec::new();
+    for type_ in [READY, APPLIED] {
+        let reason = |status: &StatefulSetBackupPolicyStatus| {
+            conditions::find(&status.conditions, type_).map(|condition| condition.reason.clone())
+        };
+        let Some(condition) = conditions::find(&new.conditions, type_) else { continue };
+        // The one of Ready says why nothing is applied; what is waited for comes and goes.
+        let is_said = type_ == READY || matches!(condition.reason.as_str(), WRITE_FAILED | NAME_TAKEN);
+        if condition.status == "False" && is_said && reason(old).as_ref() != Some(&condition.reason) {
+            notes.push(Note::warning(&condition.reason, "Refuse", condition.message.clone()));
+        }
+    }
+    for conflict in &new.conflicts {
+        let is_known =
+            |known: &PolicyConflict| known.policy == conflict.policy && known.prevails == conflict.prevails;
+        if !old.conflicts.iter().any(is_known) {
+            let PolicyConflict { policy, prevails, stateful_sets, example } = conflict;
+            let who = if *prevails { "that policy" } else { "this policy" };
+            let message = format!(
+                "policy {policy} selects {stateful_sets} of the same StatefulSets, such as {example}: {who} backs them up, \
+                 by its priority or name"
+            );
+            notes.push(Note::warning("Overlap", "Select", message));
+        }
+    }
+    notes
+}
+
+fn count(count: usize) -> i64 {
+    i64::try_from(count).unwrap_or(i64::MAX)
+}
+
+fn text(set: SetName<'_>) -> String {
+    format!("{}/{}", set.namespace, set.name)
+}
+
+fn first(sets: &[SetName<'_>]) -> Vec<String> {
+    sets.iter().take(MAX_LISTED_NAMES).map(|set| text(*set)).collect()
+}
+
+/// The first names, and how many more there are.
+fn some(sets: &[SetName<'_>]) -> String {
+    let named: Vec<String> = sets.iter().take(NAMED).map(|set| text(*set)).collect();
+    match sets.len().saturating_sub(NAMED) {
+        0 => named.join(", "),
+        more => format!("{} and {more} more", named.join(", ")),
+    }
+}
