@@ -36,6 +36,7 @@ pub struct App {
     start: i32,
     templates: Vec<(String, String)>,
     containers: Vec<String>,
+    environment: Vec<(String, String)>,
     default_container: Option<String>,
     told_ready: bool,
 }
@@ -51,6 +52,7 @@ impl App {
             start: 0,
             templates: vec![("data".to_owned(), "stsb-e2e".to_owned())],
             containers: vec!["main".to_owned()],
+            environment: Vec::new(),
             default_container: None,
             told_ready: false,
         }
@@ -80,6 +82,13 @@ impl App {
     pub fn default_container(mut self, name: &str) -> Self {
         self.containers.push(name.to_owned());
         self.default_container = Some(name.to_owned());
+        self
+    }
+
+    /// One more environment variable, in all containers.
+    #[must_use]
+    pub fn env(mut self, name: &str, value: &str) -> Self {
+        self.environment.push((name.to_owned(), value.to_owned()));
         self
     }
 
@@ -184,13 +193,17 @@ impl App {
     fn pod_spec(&self, image: &str) -> Value {
         let mount = |(template, _): &(String, String)| json!({ "name": template, "mountPath": format!("/volumes/{template}") });
         let mounts: Vec<Value> = self.templates.iter().map(mount).collect();
+        let own = self.environment.iter().map(|(name, value)| json!({ "name": name, "value": value }));
+        let own: Vec<Value> = own.collect();
         let container = |name: &String| {
+            let environment: Vec<Value> =
+                [json!({ "name": "CONTAINER", "value": name })].into_iter().chain(own.clone()).collect();
             let mut container = json!({
                 "name": name,
                 "image": image,
                 "imagePullPolicy": "Never",
                 "command": ["/bin/sh", "-c", "trap exit TERM; sleep 2147483647 & wait"],
-                "env": [{ "name": "CONTAINER", "value": name }],
+                "env": environment,
                 "resources": { "requests": { "cpu": "5m", "memory": "4Mi" } },
                 "securityContext": {
                     "allowPrivilegeEscalation": false,

@@ -1,8 +1,9 @@
 //! A `StatefulSetBackup` under test: made, asked for runs, watched until they end.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams};
 use kube::{Api, ResourceExt};
@@ -29,6 +30,8 @@ const SNAPSHOTS_TIMEOUT: Duration = Duration::from_mins(2);
 #[derive(Clone)]
 pub struct Backup {
     ns: Namespace,
+    /// Where its `StatefulSet` is, and so its snapshots.
+    home: Namespace,
     name: String,
 }
 
@@ -38,7 +41,7 @@ impl Backup {
     /// # Errors
     /// When the API server refuses it.
     pub async fn create(ns: &Namespace, name: &str, spec: StatefulSetBackupSpec) -> Result<Self> {
-        let backup = Self { ns: ns.clone(), name: name.to_owned() };
+        let backup = Self { ns: ns.clone(), home: ns.clone(), name: name.to_owned() };
         let object = StatefulSetBackup::new(name, spec);
         let created = backup.api().create(&PostParams::default(), &object).await;
         created.with_context(|| format!("create the StatefulSetBackup {name}"))?;
@@ -52,13 +55,19 @@ impl Backup {
     pub async fn write(ns: &Namespace, name: &str, spec: &Value) -> Result<Self> {
         let created = manifest::create(ns, &manifest::manifest(name, spec)).await;
         created.with_context(|| format!("create the StatefulSetBackup {name}"))?;
-        Ok(Self { ns: ns.clone(), name: name.to_owned() })
+        Ok(Self { ns: ns.clone(), home: ns.clone(), name: name.to_owned() })
+    }
+
+    /// Its `StatefulSet`, as the spec says, is in another namespace.
+    #[must_use]
+    pub fn of_namespace(self, home: &Namespace) -> Self {
+        Self { home: home.clone(), ..self }
     }
 
     /// One that a policy made.
     #[must_use]
     pub fn existing(ns: &Namespace, name: &str) -> Self {
-        Self { ns: ns.clone(), name: name.to_owned() }
+        Self { ns: ns.clone(), home: ns.clone(), name: name.to_owned() }
     }
 
     /// The API of its kind in its namespace.
@@ -89,6 +98,31 @@ impl Backup {
         let patch = json!({ "metadata": { "annotations": { REQUESTED_AT_ANNOTATION: value } } });
         self.api().patch(&self.name, &PatchParams::default(), &Patch::Merge(patch)).await?;
         Ok(())
+    }
+
+    /// Changes fields of its spec; null removes one.
+    ///
+    /// # Errors
+    /// When the API server refuses.
+    pub async fn change(&self, spec: &Value) -> Result<()> {
+        let patch = Patch::Merge(json!({ "spec": spec }));
+        self.api().patch(&self.name, &PatchParams::default(), &patch).await?;
+        Ok(())
+    }
+
+    /// What `kubectl get` prints of it, by column.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub async fn columns(&self) -> Result<BTreeMap<String, Value>> {
+        let table = hyper::Request::get(format!("{}/{}", self.api().resource_url(), self.name))
+            .header(hyper::header::ACCEPT, "application/json;as=Table;g=meta.k8s.io;v=v1")
+            .body(Vec::new())?;
+        let table: Value = self.ns.cluster().client().request(table).await?;
+        let names = table["columnDefinitions"].as_array().context("a table has columns")?;
+        let names = names.iter().filter_map(|column| column["name"].as_str().map(str::to_owned));
+        let cells = table["rows"][0]["cells"].as_array().context("a table of one object has a row")?;
+        Ok(names.zip(cells.iter().cloned()).collect())
     }
 
     /// Asks for its deletion, and does not wait.
@@ -137,6 +171,23 @@ impl Backup {
         event.message.context("an Event has a message")
     }
 
+    /// Waits until its recovery points are those of these runs, the newest first, and their snapshots all that there are.
+    ///
+    /// # Errors
+    /// When they are not in time, or one of them is not whole.
+    pub async fn await_points(&self, runs: &[RunId]) -> Result<()> {
+        let what = format!("left with the points {runs:?}");
+        let status = self
+            .await_status(&what, |status| status.recovery_points.iter().map(|point| &point.id).eq(runs))
+            .await?;
+        let whole = status.recovery_points.iter().all(|point| point.complete);
+        ensure!(whole && usize::try_from(status.recovery_point_count) == Ok(runs.len()), "{status:?}");
+        let expected: i32 = status.recovery_points.iter().map(|point| point.expected_volumes).sum();
+        let snapshots = self.snapshots().await?;
+        ensure!(usize::try_from(expected) == Ok(snapshots.len()), "{expected} snapshots: {snapshots:?}");
+        Ok(())
+    }
+
     /// Asks for its deletion, and waits until it is gone.
     ///
     /// # Errors
@@ -153,7 +204,7 @@ impl Backup {
     /// When some are left.
     pub async fn await_no_snapshots(&self) -> Result<()> {
         let is_ours = |snapshot: &VolumeSnapshot| snapshot.labels().get(BACKUP_LABEL) == Some(&self.name);
-        await_none(&self.ns.api(), "snapshots", SNAPSHOTS_TIMEOUT, is_ours).await
+        await_none(&self.home.api(), "snapshots", SNAPSHOTS_TIMEOUT, is_ours).await
     }
 
     /// Waits until so many runs have ended and none is under way; returns the newest.
@@ -186,7 +237,7 @@ impl Backup {
     }
 
     async fn list_snapshots(&self, selector: &str) -> Result<Vec<VolumeSnapshot>> {
-        let snapshots: Api<VolumeSnapshot> = self.ns.api();
+        let snapshots: Api<VolumeSnapshot> = self.home.api();
         let listed = snapshots.list(&ListParams::default().labels(selector)).await?;
         Ok(listed.into_iter().filter(|snapshot| snapshot.metadata.deletion_timestamp.is_none()).collect())
     }

@@ -93,11 +93,10 @@ impl Drill {
         LocalAgentConfig::new(&self.ns, identity).short_lease()
     }
 
-    /// An agent of this name that is to stay: it keeps its lease of the default length also on a busy machine, and
-    /// looks each second whether that of another one has run out.
+    /// An agent of this name that is to stay.
     #[must_use]
     pub fn steady_agent(&self, identity: &str) -> LocalAgentConfig {
-        LocalAgentConfig::new(&self.ns, identity).env("STSB_LEASE__RETRY_SECONDS", "1")
+        LocalAgentConfig::new(&self.ns, identity).steady_lease()
     }
 
     /// The namespace of all this.

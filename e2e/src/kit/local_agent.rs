@@ -9,7 +9,8 @@ use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
+use jiff::SignedDuration;
 use k8s_openapi::api::coordination::v1::Lease;
 use kube::{Api, Client, Config};
 use rustix::process::{Pid, Signal, kill_process};
@@ -60,6 +61,19 @@ impl LocalAgentConfig {
     pub fn env(mut self, name: &str, value: &str) -> Self {
         self.environment.push((name.to_owned(), value.to_owned()));
         self
+    }
+
+    /// Sets its wall clock ahead, for tests in which days must pass.
+    #[must_use]
+    pub fn clock_ahead(self, by: SignedDuration) -> Self {
+        self.env("CLOCK_AHEAD_SECONDS", &by.as_secs().to_string())
+    }
+
+    /// A lease of the default length, which it keeps also on a busy machine; it looks each second whether that of another
+    /// one has run out.
+    #[must_use]
+    pub fn steady_lease(self) -> Self {
+        self.env("STSB_LEASE__RETRY_SECONDS", "1")
     }
 
     /// A lease of four seconds, for an agent that is going to die: another one soon takes over. On a busy machine it may
@@ -181,6 +195,17 @@ impl LocalAgent {
     pub async fn kill(mut self) -> Result<ExitStatus> {
         self.child.kill().await.context("kill the agent")?;
         self.wait_exit().await
+    }
+
+    /// Asks it to end, and waits until it has, in good order.
+    ///
+    /// # Errors
+    /// When it does not.
+    pub async fn end(mut self) -> Result<()> {
+        self.terminate()?;
+        let status = self.wait_exit().await?;
+        ensure!(status.success(), "the agent {} ended with {status}", self.identity);
+        Ok(())
     }
 
     /// Asks it to end, with SIGTERM; [`wait_exit`](Self::wait_exit) waits for it.

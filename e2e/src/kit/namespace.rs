@@ -10,8 +10,9 @@ use futures::future::join_all;
 use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::core::v1::{self, PersistentVolume, ServiceAccount};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference};
-use kube::api::{DeleteParams, ListParams, PostParams};
+use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams};
 use kube::{Api, Resource, ResourceExt};
+use serde_json::json;
 use sts_backup_api::snapshot::VolumeSnapshotContent;
 
 use super::Cluster;
@@ -67,6 +68,18 @@ impl Namespace {
         K: Resource<DynamicType = (), Scope = NamespaceResourceScope>,
     {
         Api::namespaced(self.cluster.client(), &self.name)
+    }
+
+    /// Sets an annotation of it, or removes it.
+    ///
+    /// # Errors
+    /// When the API server refuses.
+    pub async fn annotate(&self, annotation: &str, value: Option<&str>) -> Result<()> {
+        let namespaces: Api<v1::Namespace> = Api::all(self.cluster.client());
+        let patch = Patch::Merge(json!({ "metadata": { "annotations": { annotation: value } } }));
+        let patched = namespaces.patch(&self.name, &PatchParams::default(), &patch).await;
+        patched.with_context(|| format!("annotate the namespace {}", self.name))?;
+        Ok(())
     }
 
     /// Makes the namespace own a cluster-scoped object: the garbage collector removes the object with the

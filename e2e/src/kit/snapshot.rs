@@ -1,17 +1,22 @@
 //! Snapshots taken by hand, without the agent.
 
+use std::collections::BTreeSet;
+use std::pin::pin;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
+use futures::StreamExt;
 use jiff::Timestamp;
 use kube::api::PostParams;
+use kube::runtime::WatchStreamExt;
+use kube::runtime::watcher::{self, watcher};
 use kube::{Api, ResourceExt};
 use sts_backup_api::snapshot::{
     VolumeSnapshot, VolumeSnapshotContent, VolumeSnapshotSource, VolumeSnapshotSpec,
 };
 
 use super::Namespace;
-use crate::condition::await_condition;
+use crate::condition::{await_condition, snapshot_ready};
 
 /// Asks for a snapshot of the claim `claim` and returns the request as created; it is not cut yet.
 ///
@@ -73,4 +78,40 @@ pub async fn await_snapshot(
     holds: impl Fn(&VolumeSnapshot) -> bool,
 ) -> Result<VolumeSnapshot> {
     await_condition(&ns.api(), name, what, Duration::from_mins(1), holds).await
+}
+
+/// The most snapshots of the namespace that were there and not ready at one time, while `meanwhile` was under way.
+///
+/// The watch tells of every change in its order, so what its reader counts was so at some time.
+///
+/// # Errors
+/// Those of `meanwhile`, or when the watch fails.
+pub async fn most_unready(ns: &Namespace, meanwhile: impl Future<Output = Result<()>>) -> Result<usize> {
+    let snapshots: Api<VolumeSnapshot> = ns.api();
+    let mut watch = pin!(watcher(snapshots, watcher::Config::default()).default_backoff());
+    let mut meanwhile = pin!(meanwhile);
+    let (mut unready, mut most) = (BTreeSet::new(), 0);
+    loop {
+        let event = tokio::select! {
+            ended = &mut meanwhile => return ended.map(|()| most),
+            event = watch.next() => event.context("a watch does not end")?,
+        };
+        match event.context("watch the snapshots")? {
+            watcher::Event::Init if !unready.is_empty() => {
+                bail!("the watch of the snapshots had to begin anew")
+            }
+            watcher::Event::Init | watcher::Event::InitDone => {}
+            watcher::Event::InitApply(snapshot) | watcher::Event::Apply(snapshot)
+                if !snapshot_ready(&snapshot) =>
+            {
+                unready.insert(snapshot.name_any());
+            }
+            watcher::Event::InitApply(snapshot)
+            | watcher::Event::Apply(snapshot)
+            | watcher::Event::Delete(snapshot) => {
+                unready.remove(&snapshot.name_any());
+            }
+        }
+        most = most.max(unready.len());
+    }
 }

@@ -1,5 +1,6 @@
 //! What the smoke tier has no time for: agents that die, hang, lose their lease or their API server, in every way and
-//! again and again. `cargo e2e test --tier full` runs them one after the other, in the cluster without a shared agent.
+//! again and again, and days that pass. `cargo e2e test --tier full` runs them one after the other, in the cluster
+//! without a shared agent.
 
 mod alerts;
 mod api_faults;
@@ -7,11 +8,21 @@ mod crashes;
 mod kills;
 mod leases;
 mod policies;
+mod retention;
+mod schedules;
+mod snapshots;
 mod storage;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
+use jiff::civil::Time;
+use jiff::tz::TimeZone;
+use jiff::{SignedDuration, Timestamp, Unit};
+use k8s_openapi::api::apps::v1::StatefulSet;
+use kube::ResourceExt;
 use sts_backup_e2e::kit::agent::alone;
-use sts_backup_e2e::kit::{Cluster, Namespace, with_temp_namespace};
+use sts_backup_e2e::kit::crds::apply_crds;
+use sts_backup_e2e::kit::local_agent::{LocalAgent, LocalAgentConfig};
+use sts_backup_e2e::kit::{App, Cluster, Namespace, with_temp_namespace};
 
 /// Snapshots of a run that are still to be cut when it is interrupted, and can be deleted at once: their calls fail,
 /// and are repeated after 1, 2, 4 and 8 s. A deletion while a call is outstanding, as `cutDelay` makes it, is one that
@@ -23,4 +34,50 @@ async fn alone_in_namespace(prefix: &str, test: impl AsyncFnOnce(&Namespace) -> 
     let cluster = Cluster::connect("stsb-e2e-2").await?;
     let _alone = alone(&cluster).await?;
     with_temp_namespace(&cluster, prefix, test).await
+}
+
+/// Runs a test with an application `app`, alone in the cluster that has no shared agent.
+async fn alone_with_app(
+    prefix: &str,
+    replicas: i32,
+    test: impl AsyncFnOnce(&Namespace) -> Result<()>,
+) -> Result<()> {
+    alone_in_namespace(prefix, async |ns| {
+        apply_crds(ns.cluster()).await?;
+        App::new(ns, "app").replicas(replicas).deploy().await?;
+        test(ns).await
+    })
+    .await
+}
+
+/// Starts an agent whose clock is that many days ahead.
+async fn start_agent(ns: &Namespace, days: i64) -> Result<LocalAgent> {
+    let config = LocalAgentConfig::new(ns, "agent").steady_lease();
+    LocalAgent::start(&config.clock_ahead(SignedDuration::from_hours(24 * days))).await
+}
+
+/// A time of day that has just passed, each day: when a backup of the application comes to exist it is over for that day,
+/// and an agent of another day is late by minutes.
+struct Daily {
+    today: Timestamp,
+}
+
+impl Daily {
+    /// Ten minutes before `app` was made.
+    async fn just_passed(ns: &Namespace) -> Result<Self> {
+        let set = ns.api::<StatefulSet>().get("app").await?;
+        let made = set.creation_timestamp().context("the API server sets the creation time")?.0;
+        Ok(Self { today: (made - SignedDuration::from_mins(11)).round(Unit::Minute)? })
+    }
+
+    /// As a schedule.
+    fn schedule(&self) -> String {
+        let time: Time = self.today.to_zoned(TimeZone::UTC).time();
+        format!("{} {} * * *", time.minute(), time.hour())
+    }
+
+    /// The time so many days from now.
+    fn day(&self, days: i64) -> Timestamp {
+        self.today + SignedDuration::from_hours(24 * days)
+    }
 }

@@ -1,18 +1,17 @@
 //! What the API server admits, as kubectl sends it, and what it says of the rest.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::{Context, Result, ensure};
 use kube::api::{Patch, PatchParams};
 use serde_json::{Value, json};
+use sts_backup_api::backup::StatefulSetBackupStatus;
+use sts_backup_api::conditions::{NAMESPACE_NOT_GRANTED, READY};
+use sts_backup_api::names::ALLOW_BACKUP_FROM_ANNOTATION;
 use sts_backup_api::run::RunResult;
 use sts_backup_e2e::kit::class::create_snapshot_class;
 use sts_backup_e2e::kit::manifest::{manifest, refusal};
-use sts_backup_e2e::kit::{App, Backup, Cluster, Namespace, with_temp_namespace};
-
-/// Fields of the original operator that no controller honours yet: a manifest with one is refused, not taken for less
-/// than it says.
-const WAITING: [&str; 2] = ["spec.retentionPolicy", "spec.schedule"];
+use sts_backup_e2e::kit::{App, Backup, Cluster, Namespace, with_temp_namespace, with_temp_namespaces};
 
 #[tokio::test]
 #[ignore = "needs clusters: cargo e2e test"]
@@ -104,63 +103,11 @@ async fn the_target_of_a_backup_cannot_be_changed() -> Result<()> {
 /// What users of the original have in their repositories.
 #[tokio::test]
 #[ignore = "needs clusters: cargo e2e test"]
-async fn manifests_of_the_original_are_admitted_but_for_the_fields_that_wait() -> Result<()> {
+async fn manifests_of_the_original_are_admitted() -> Result<()> {
     with_namespace(async |ns| {
-        let class = "csi-hostpath-snapclass";
-        for (original, waiting) in [
-            (
-                json!({
-                    "statefulSetRef": { "name": "postgresql", "namespace": "default" },
-                    "retentionPolicy": { "keepLast": 3 },
-                    "volumeSnapshotClass": class,
-                }),
-                &WAITING[..1],
-            ),
-            (
-                json!({
-                    "statefulSetRef": { "name": "postgresql", "namespace": "production" },
-                    "schedule": "0 2 * * *",
-                    "retentionPolicy": { "keepLast": 7 },
-                    "preBackupHook": { "command": ["psql", "-U", "postgres", "-c", "CHECKPOINT"] },
-                    "postBackupHook": { "command": ["echo", "Backup completed"] },
-                    "volumeSnapshotClass": class,
-                }),
-                &WAITING,
-            ),
-            (
-                json!({
-                    "statefulSetRef": { "name": "mongodb", "namespace": "databases" },
-                    "schedule": "0 3 * * *",
-                    "retentionPolicy": { "keepDays": 7 },
-                    "preBackupHook": {
-                        "command": ["mongosh", "--eval", "db.fsyncLock()"],
-                        "containerName": "mongod", "timeoutSeconds": 30,
-                    },
-                    "postBackupHook": {
-                        "command": ["mongosh", "--eval", "db.fsyncUnlock()"], "containerName": "mongod",
-                    },
-                    "volumeSnapshotClassName": class,
-                }),
-                &WAITING,
-            ),
-            (
-                json!({
-                    "statefulSetRef": { "name": "redis", "namespace": "cache" },
-                    "schedule": "*/30 * * * *",
-                    "retentionPolicy": { "keepLast": 12 },
-                    "preBackupHook": { "command": ["redis-cli", "BGSAVE"] },
-                }),
-                &WAITING,
-            ),
-        ] {
-            let said = refusal(ns, &manifest("original", &original)).await?.unwrap_or_default();
-            ensure!(unknown_fields(&said) == waiting.iter().copied().collect(), "{original}: {said}");
-            let mut without = original;
-            for field in ["schedule", "retentionPolicy"] {
-                without.as_object_mut().context("a spec is an object")?.remove(field);
-            }
-            let said = refusal(ns, &manifest("original", &without)).await?;
-            ensure!(said.is_none(), "{without}: {said:?}");
+        for (name, spec) in originals("production", "databases", "csi-hostpath-snapclass") {
+            let said = refusal(ns, &manifest(name, &spec)).await?;
+            ensure!(said.is_none(), "{name}: {said:?}");
         }
         Ok(())
     })
@@ -170,34 +117,129 @@ async fn manifests_of_the_original_are_admitted_but_for_the_fields_that_wait() -
 #[tokio::test]
 #[ignore = "needs clusters: cargo e2e test"]
 async fn manifests_of_the_original_do_what_they_say() -> Result<()> {
-    with_namespace(async |ns| {
+    let cluster = Cluster::connect("stsb-e2e-1").await?;
+    with_temp_namespaces(&[&cluster, &cluster], "api", async |namespaces| {
+        let [ns, databases] = namespaces else { anyhow::bail!("two namespaces") };
         let class = create_snapshot_class(ns, &[]).await?;
-        App::new(ns, "app").deploy().await?;
-        let target = json!({ "name": "app", "namespace": ns.name() });
-        let older = json!({ "statefulSetRef": target, "volumeSnapshotClass": class });
-        let newer = json!({
-            "statefulSetRef": target,
-            "volumeSnapshotClassName": class,
-            "preBackupHook": {
-                "command": ["sh", "-c", "sleep 1"], "containerName": "main", "timeoutSeconds": 30,
-            },
-            "postBackupHook": { "command": ["echo", "Backup completed"] },
-        });
-        let mut backups = Vec::new();
-        for (name, spec) in [("v0.0.2", &older), ("v0.0.7", &newer)] {
-            backups.push(Backup::write(ns, name, spec).await?);
+        let postgresql = stand_in(ns, "postgresql");
+        let mongodb = stand_in(databases, "mongodb").default_container("mongod");
+        let redis = stand_in(ns, "redis");
+        for (app, program) in [(&postgresql, "psql"), (&mongodb, "mongosh"), (&redis, "redis-cli")] {
+            app.deploy().await?;
+            app.sh(0, &format!("printf '{STAND_IN}' >{BIN}/{program} && chmod +x {BIN}/{program}")).await?;
         }
-        for backup in backups {
-            let record = backup.await_runs(1).await?;
-            ensure!(record.result == RunResult::Completed, "{record:?}");
-            let snapshots = backup.snapshots().await?;
-            let classes: Vec<_> =
-                snapshots.iter().map(|snapshot| snapshot.spec.volume_snapshot_class_name.as_ref()).collect();
-            ensure!(classes == [Some(&class)], "{classes:?}");
+
+        let mut backups = BTreeMap::new();
+        for (name, spec) in originals(ns.name(), databases.name(), &class) {
+            backups.insert(name, Backup::write(ns, name, &spec).await?);
         }
-        Ok(())
+        // Without a schedule, so it runs at its creation.
+        let by_hand = &backups["my-database-backup"];
+        ensure_completed(by_hand, 1, Some(&class)).await?;
+        let of_databases = backups["mongodb-backup"].clone().of_namespace(databases);
+        of_databases.await_condition(READY, "False", NAMESPACE_NOT_GRANTED).await?;
+        databases.annotate(ALLOW_BACKUP_FROM_ANNOTATION, Some(ns.name())).await?;
+        for (backup, class) in [
+            (&backups["postgres-scheduled-backup"], Some(&class)),
+            (&of_databases, Some(&class)),
+            (&backups["redis-backup"], None),
+        ] {
+            let is_announced = |status: &StatefulSetBackupStatus| status.next_schedule_time.is_some();
+            backup.await_status("announced", is_announced).await?;
+            backup.request("not to wait for the night").await?;
+            ensure_completed(backup, 1, class).await?;
+        }
+        for (app, calls) in [
+            (&postgresql, "main: psql -U postgres -c CHECKPOINT\n"),
+            (&mongodb, "mongod: mongosh --eval db.fsyncLock()\nmongod: mongosh --eval db.fsyncUnlock()\n"),
+            (&redis, "main: redis-cli BGSAVE\n"),
+        ] {
+            let called = app.sh(0, &format!("cat {BIN}/calls")).await?;
+            // The schedule of redis may have come meanwhile.
+            ensure!(called.starts_with(calls) && called.replace(calls, "").is_empty(), "{called}");
+        }
+
+        for run in 2..=4 {
+            by_hand.request(&format!("run {run}")).await?;
+            ensure_completed(by_hand, run, Some(&class)).await?;
+        }
+        let last_three: Vec<_> =
+            by_hand.status().await?.history.into_iter().map(|run| run.id).take(3).collect();
+        by_hand.await_points(&last_three).await
     })
     .await
+}
+
+/// Where programs of an application under test are found first.
+const BIN: &str = "/volumes/data";
+
+/// A program that only writes down how it is called.
+const STAND_IN: &str = "#!/bin/sh\\necho \"$CONTAINER: ${0##*/} $*\" >>/volumes/data/calls\\n";
+
+/// An application that has none of the programs yet that its hooks call.
+fn stand_in(ns: &Namespace, name: &str) -> App {
+    App::new(ns, name).env("PATH", &format!("{BIN}:/usr/local/bin:/usr/bin:/bin"))
+}
+
+/// The newest of so many runs completed, with snapshots of that class, if it is known.
+async fn ensure_completed(backup: &Backup, runs: usize, class: Option<&String>) -> Result<()> {
+    let record = backup.await_runs(runs).await?;
+    ensure!(record.result == RunResult::Completed, "{}: {record:?}", backup.name());
+    let snapshots = backup.snapshots_of(&record.id).await?;
+    ensure!(snapshots.len() == 1, "{}: {snapshots:?}", backup.name());
+    let of_class = snapshots[0].spec.volume_snapshot_class_name.as_ref();
+    ensure!(class.is_none_or(|class| of_class == Some(class)), "{}: {of_class:?}", backup.name());
+    Ok(())
+}
+
+/// The backups of the original, with the namespaces of most sets and of one that is elsewhere, and a class.
+fn originals(home: &str, elsewhere: &str, class: &str) -> [(&'static str, Value); 4] {
+    [
+        (
+            "my-database-backup",
+            json!({
+                "statefulSetRef": { "name": "postgresql", "namespace": home },
+                "retentionPolicy": { "keepLast": 3 },
+                "volumeSnapshotClass": class,
+            }),
+        ),
+        (
+            "postgres-scheduled-backup",
+            json!({
+                "statefulSetRef": { "name": "postgresql", "namespace": home },
+                "schedule": "0 2 * * *",
+                "retentionPolicy": { "keepLast": 7 },
+                "preBackupHook": { "command": ["psql", "-U", "postgres", "-c", "CHECKPOINT"] },
+                "postBackupHook": { "command": ["echo", "Backup completed"] },
+                "volumeSnapshotClass": class,
+            }),
+        ),
+        (
+            "mongodb-backup",
+            json!({
+                "statefulSetRef": { "name": "mongodb", "namespace": elsewhere },
+                "schedule": "0 3 * * *",
+                "retentionPolicy": { "keepDays": 7 },
+                "preBackupHook": {
+                    "command": ["mongosh", "--eval", "db.fsyncLock()"],
+                    "containerName": "mongod", "timeoutSeconds": 30,
+                },
+                "postBackupHook": {
+                    "command": ["mongosh", "--eval", "db.fsyncUnlock()"], "containerName": "mongod",
+                },
+                "volumeSnapshotClassName": class,
+            }),
+        ),
+        (
+            "redis-backup",
+            json!({
+                "statefulSetRef": { "name": "redis", "namespace": home },
+                "schedule": "*/30 * * * *",
+                "retentionPolicy": { "keepLast": 12 },
+                "preBackupHook": { "command": ["redis-cli", "BGSAVE"] },
+            }),
+        ),
+    ]
 }
 
 /// A sound spec with a change; null removes a field.

@@ -54,7 +54,7 @@ async fn a_backup_holds_up_every_writer_until_every_volume_is_cut() -> Result<()
         ensure!(record.freeze_ms.is_some() && record.cut_skew_ms.is_some(), "{record:?}");
         check_result(&backup, &record).await?;
         check_snapshots(ns, &backup, &record).await?;
-        check_columns(ns, &backup).await?;
+        check_columns(&backup).await?;
         for reason in ["BackupStarted", "Freezing", "BackupCompleted"] {
             backup.await_event(reason).await?;
         }
@@ -156,19 +156,27 @@ async fn check_snapshots(ns: &Namespace, backup: &Backup, record: &RunRecord) ->
 }
 
 /// What `kubectl get stsb` prints.
-async fn check_columns(ns: &Namespace, backup: &Backup) -> Result<()> {
-    let uri = format!("{}/{}", backup.api().resource_url(), backup.name());
-    let table = hyper::Request::get(uri)
-        .header(hyper::header::ACCEPT, "application/json;as=Table;g=meta.k8s.io;v=v1")
-        .body(Vec::new())?;
-    let table: Value = ns.cluster().client().request(table).await?;
-    let names: Vec<_> = table["columnDefinitions"].as_array().into_iter().flatten().collect();
-    let names: Vec<_> = names.iter().filter_map(|column| column["name"].as_str()).collect();
-    ensure!(names == ["Name", "StatefulSet", "Phase", "Last Backup", "Points", "Age"], "{names:?}");
-    let cells = &table["rows"][0]["cells"];
-    ensure!(cells[1] == "db" && cells[2] == "Ready" && cells[4] == 1, "{cells}");
-    let last_backup = cells[3].as_str().unwrap_or_default();
-    ensure!(!last_backup.is_empty() && !last_backup.contains('<'), "{cells}");
+async fn check_columns(backup: &Backup) -> Result<()> {
+    let columns = backup.columns().await?;
+    let names: Vec<_> = columns.keys().map(String::as_str).collect();
+    let expected = [
+        "Age",
+        "Last Backup",
+        "Name",
+        "Next Backup",
+        "Phase",
+        "Points",
+        "Schedule",
+        "StatefulSet",
+        "Suspended",
+    ];
+    ensure!(names == expected, "{names:?}");
+    ensure!(
+        columns["StatefulSet"] == "db" && columns["Phase"] == "Ready" && columns["Points"] == 1,
+        "{columns:?}"
+    );
+    let last_backup = columns["Last Backup"].as_str().unwrap_or_default();
+    ensure!(!last_backup.is_empty() && !last_backup.contains('<'), "{columns:?}");
     Ok(())
 }
 

@@ -9,8 +9,9 @@ use sts_backup_api::conditions::{LAST_BACKUP_SUCCEEDED, THAWED};
 use sts_backup_api::run::{RunResult, RunStep};
 use sts_backup_api::snapshot::VolumeSnapshot;
 use sts_backup_e2e::condition::await_condition;
-use sts_backup_e2e::kit::class::create_snapshot_class;
-use sts_backup_e2e::kit::{App, Backup, Cluster, Namespace, with_temp_namespace};
+use sts_backup_e2e::kit::Backup;
+
+use crate::with_app;
 
 /// For what takes seconds or goes on for ever.
 const SOON: Duration = Duration::from_mins(1);
@@ -19,7 +20,7 @@ const SOON: Duration = Duration::from_mins(1);
 #[tokio::test]
 #[ignore = "needs clusters: cargo e2e test"]
 async fn two_backups_of_one_set_never_freeze_it_at_the_same_time() -> Result<()> {
-    with_app(&[("cutDelay", "3s")], async |ns, app, class| {
+    with_app("faults", &[("cutDelay", "3s")], async |ns, app, class| {
         let spec = json!({
             "statefulSetRef": { "name": "app" },
             "volumeSnapshotClassName": class,
@@ -42,7 +43,7 @@ async fn two_backups_of_one_set_never_freeze_it_at_the_same_time() -> Result<()>
 #[tokio::test]
 #[ignore = "needs clusters: cargo e2e test"]
 async fn a_post_hook_that_thaws_nothing_and_does_not_end_in_time_does_not_hold_up_the_run() -> Result<()> {
-    with_app(&[], async |ns, _app, class| {
+    with_app("faults", &[], async |ns, _app, class| {
         let mut post = hook("sleep 600");
         post["timeoutSeconds"] = json!(1);
         let spec = json!({
@@ -63,7 +64,7 @@ async fn a_post_hook_that_thaws_nothing_and_does_not_end_in_time_does_not_hold_u
 #[tokio::test]
 #[ignore = "needs clusters: cargo e2e test"]
 async fn a_snapshot_that_somebody_deletes_before_it_is_ready_fails_the_run_by_name() -> Result<()> {
-    with_app(&[("readyDelay", "never")], async |ns, _app, class| {
+    with_app("faults", &[("readyDelay", "never")], async |ns, _app, class| {
         let spec = json!({ "statefulSetRef": { "name": "app" }, "volumeSnapshotClassName": class });
         let backup = Backup::write(ns, "nightly", &spec).await?;
         let status = backup
@@ -85,7 +86,7 @@ async fn a_snapshot_that_somebody_deletes_before_it_is_ready_fails_the_run_by_na
 #[tokio::test]
 #[ignore = "needs clusters: cargo e2e test"]
 async fn what_the_storage_refuses_for_good_is_told_in_its_words_and_leaves_nothing() -> Result<()> {
-    with_app(&[("failOnCall", "1-999999")], async |ns, _app, class| {
+    with_app("faults", &[("failOnCall", "1-999999")], async |ns, _app, class| {
         let spec = json!({
             "statefulSetRef": { "name": "app" },
             "volumeSnapshotClassName": class,
@@ -105,7 +106,7 @@ async fn what_the_storage_refuses_for_good_is_told_in_its_words_and_leaves_nothi
 #[tokio::test]
 #[ignore = "needs clusters: cargo e2e test"]
 async fn what_the_storage_refuses_once_costs_no_backup() -> Result<()> {
-    with_app(&[("failOnCall", "1"), ("readyDelay", "2s")], async |ns, _app, class| {
+    with_app("faults", &[("failOnCall", "1"), ("readyDelay", "2s")], async |ns, _app, class| {
         let spec = json!({
             "statefulSetRef": { "name": "app" },
             "volumeSnapshotClassName": class,
@@ -124,7 +125,7 @@ async fn what_the_storage_refuses_once_costs_no_backup() -> Result<()> {
 #[tokio::test]
 #[ignore = "needs clusters: cargo e2e test"]
 async fn a_namespace_where_a_thaw_fails_can_be_deleted() -> Result<()> {
-    with_app(&[], async |ns, _app, class| {
+    with_app("faults", &[], async |ns, _app, class| {
         let spec = json!({
             "statefulSetRef": { "name": "app" },
             "volumeSnapshotClassName": class,
@@ -140,19 +141,4 @@ async fn a_namespace_where_a_thaw_fails_can_be_deleted() -> Result<()> {
 
 fn hook(script: &str) -> Value {
     json!({ "command": ["sh", "-c", script] })
-}
-
-/// An application `app` of one pod, and a class of the test driver with faults.
-async fn with_app(
-    faults: &[(&str, &str)],
-    test: impl AsyncFnOnce(&Namespace, &App, &str) -> Result<()>,
-) -> Result<()> {
-    let cluster = Cluster::connect("stsb-e2e-1").await?;
-    with_temp_namespace(&cluster, "faults", async |ns| {
-        let class = create_snapshot_class(ns, faults).await?;
-        let app = App::new(ns, "app");
-        app.deploy().await?;
-        test(ns, &app, &class).await
-    })
-    .await
 }

@@ -15,9 +15,33 @@ mod clusters;
 mod conformance;
 mod crashes;
 mod faults;
+mod grants;
 mod hooks;
+mod lifecycle;
 mod plugin;
 mod policies;
 mod proxy;
+mod retention;
+mod schedules;
 mod snapshots;
 mod topology;
+
+use anyhow::Result;
+use sts_backup_e2e::kit::class::create_snapshot_class;
+use sts_backup_e2e::kit::{App, Cluster, Namespace, with_temp_namespace};
+
+/// An application `app` of one pod, and a snapshot class of the test driver with faults.
+async fn with_app(
+    prefix: &str,
+    faults: &[(&str, &str)],
+    test: impl AsyncFnOnce(&Namespace, &App, &str) -> Result<()>,
+) -> Result<()> {
+    let cluster = Cluster::connect("stsb-e2e-1").await?;
+    with_temp_namespace(&cluster, prefix, async |ns| {
+        let class = create_snapshot_class(ns, faults).await?;
+        let app = App::new(ns, "app");
+        app.deploy().await?;
+        test(ns, &app, &class).await
+    })
+    .await
+}
