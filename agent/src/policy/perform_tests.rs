@@ -74,7 +74,7 @@ async fn a_backup_that_does_not_exist_is_applied_but_not_by_force() {
     let (client, asked) = server(refusal(404), metadata("7"));
     let done = perform(&client, &policy(), &Step::Create(wanted())).await.unwrap();
     assert_eq!(done, Outcome::Done);
-    let asked = asked.lock().unwrap();
+    let asked = asked.lock().unwrap().clone();
     let [(get, _), (patch, body)] = &asked[..] else { unreachable!("{asked:?}") };
     assert_eq!(get.trim_end_matches(['?', '&']), format!("GET {PATH}").trim_end_matches('?'));
     assert!(patch.starts_with(&format!("PATCH {PATH}")), "{patch}");
@@ -102,7 +102,7 @@ async fn an_update_is_of_one_object_and_by_force() {
     let step = Step::Update { wanted: wanted(), uid: "42".to_owned() };
     let (client, asked) = server(refusal(500), metadata("7"));
     assert_eq!(perform(&client, &policy(), &step).await.unwrap(), Outcome::Done);
-    let asked = asked.lock().unwrap();
+    let asked = asked.lock().unwrap().clone();
     let [(patch, body)] = &asked[..] else { unreachable!("{asked:?}") };
     assert!(patch.starts_with(&format!("PATCH {PATH}")) && patch.contains("force=true"), "{patch}");
     assert_eq!(body["metadata"]["uid"], "42");
@@ -119,7 +119,7 @@ async fn a_deletion_is_of_one_object() {
     let (client, asked) =
         server(refusal(500), (200, json!({ "kind": "Status", "apiVersion": "v1", "status": "Success" })));
     assert_eq!(perform(&client, &policy(), &step).await.unwrap(), Outcome::Done);
-    let asked = asked.lock().unwrap();
+    let asked = asked.lock().unwrap().clone();
     let [(delete, body)] = &asked[..] else { unreachable!("{asked:?}") };
     assert!(delete.starts_with("DELETE "), "{delete}");
     assert_eq!(body["preconditions"]["uid"], "42");
@@ -138,7 +138,7 @@ async fn a_status_is_written_on_the_version_it_was_decided_on() {
     let status = StatefulSetBackupPolicyStatus { matched: 3, ..Default::default() };
     let (client, asked) = server(refusal(500), (200, json!(*policy.object)));
     assert_eq!(write_status(&client, &policy.object, &status).await.unwrap(), Outcome::Done);
-    let asked = asked.lock().unwrap();
+    let asked = asked.lock().unwrap().clone();
     let [(patch, body)] = &asked[..] else { unreachable!("{asked:?}") };
     assert!(patch.contains("/statefulsetbackuppolicies/gold/status?"), "{patch}");
     assert_eq!(body[0]["value"], "41");
