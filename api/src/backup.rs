@@ -155,7 +155,7 @@ pub struct StatefulSetBackupSpec {
 pub use kube::core::Duration as Span;
 
 /// What the schema admits as a [`Span`].
-pub(crate) const SPAN: &str = "^([0-9]{1,6}(h|m|s))+$";
+pub(crate) const SPAN: &str = "^([0-9]{1,10}(h|m|s))+$";
 
 fn default_max_freeze_seconds() -> i64 {
     120
