@@ -1,5 +1,5 @@
-//! Who may not exec in pods, or delete snapshots, does not get there by a backup's hooks or status: the chart's admission policies, as the API server
-//! of the first cluster carries them out.
+//! Who may not exec in pods, or delete snapshots, does not get there by a backup's hooks or status: the chart's admission
+//! policies, as the API server of the first cluster carries them out.
 
 use anyhow::{Context, Result, ensure};
 use kube::Api;
