@@ -122,7 +122,7 @@ mod tests {
     fn a_condition_is_one_or_zero_and_nothing_until_it_is_known() {
         let mut status =
             StatefulSetBackupPolicyStatus { matched: 3, protected: 2, overdue: 1, ..Default::default() };
-        let values = |status| GAUGES.map(|(_, _, value)| value(status));
+        let values = |status: &StatefulSetBackupPolicyStatus| GAUGES.map(|(_, _, value)| value(status));
         assert_eq!(values(&status), [None, None, Some(3), Some(2), Some(1)]);
         for (condition, is_so) in [(READY, true), (APPLIED, false)] {
             conditions::set(
