@@ -191,7 +191,7 @@ fn set_overdue<'a>(plan: &mut PolicyPlan<'a>, world: &'a World, now: Timestamp) 
         let set = selected.set;
         Protectee { set, created: created(set), excluded: false }
     });
-    let found = coverage(sets, world.backups.iter().map(BackupFacts::protection), Some(rpo), now);
+    let found = coverage(sets, world.protections(), Some(rpo), now);
     (plan.overdue, plan.look_again) = (found.overdue, found.next_overdue);
     // Whether another's backup still meets the RPO changes with the age of its points alone.
     let selected: BTreeSet<SetName<'_>> = plan.selected.iter().map(|selected| selected.set).collect();
@@ -201,9 +201,28 @@ fn set_overdue<'a>(plan: &mut PolicyPlan<'a>, world: &'a World, now: Timestamp) 
     plan.look_again = plan.look_again.into_iter().chain(changes).min();
 }
 
+impl World {
+    /// All `StatefulSets`, and which of them need no protection: without claims, excluded, or in a namespace that is
+    /// excluded or not known.
+    pub(crate) fn protectees(&self) -> impl Iterator<Item = Protectee<'_>> {
+        self.sets.iter().map(|((namespace, name), facts)| Protectee {
+            set: SetName { namespace, name },
+            created: facts.created,
+            excluded: facts.excluded
+                || !facts.has_claims
+                || self.namespaces.get(namespace).is_none_or(|namespace| namespace.excluded),
+        })
+    }
+
+    /// What each backup is worth to its `StatefulSet`.
+    pub(crate) fn protections(&self) -> impl Iterator<Item = Protection<'_>> {
+        self.backups.iter().map(BackupFacts::protection)
+    }
+}
+
 impl BackupFacts {
     /// What it is worth to its `StatefulSet`.
-    pub(super) fn protection(&self) -> Protection<'_> {
+    pub(crate) fn protection(&self) -> Protection<'_> {
         let set = SetName { namespace: &self.set.0, name: &self.set.1 };
         Protection { set, suspended: self.object.spec.suspend, newest: self.newest }
     }

@@ -10,10 +10,10 @@ use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric};
 use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::gauge::ConstGauge;
-use sts_backup_api::coverage::{Protectee, SetName, coverage};
+use sts_backup_api::coverage::coverage;
 use sts_backup_api::policy::StatefulSetBackupPolicyStatus;
 
-use super::observe::{BackupFacts, Stores, World};
+use super::observe::{Stores, World};
 use crate::clock;
 use crate::metrics::Metrics;
 
@@ -79,19 +79,10 @@ impl Collector for Scrape {
 
 /// How many are unprotected in each namespace that has something to protect.
 fn unprotected(world: &World) -> BTreeMap<String, i64> {
-    let sets = || {
-        world.sets.iter().map(|((namespace, name), facts)| Protectee {
-            set: SetName { namespace, name },
-            created: facts.created,
-            excluded: facts.excluded
-                || !facts.has_claims
-                || world.namespaces.get(namespace).is_none_or(|namespace| namespace.excluded),
-        })
-    };
     let mut counts: BTreeMap<String, i64> =
-        sets().filter(|set| !set.excluded).map(|set| (set.set.namespace.to_owned(), 0)).collect();
+        world.protectees().filter(|set| !set.excluded).map(|set| (set.set.namespace.to_owned(), 0)).collect();
     // Without an RPO nothing depends on the time.
-    let found = coverage(sets(), world.backups.iter().map(BackupFacts::protection), None, clock::now());
+    let found = coverage(world.protectees(), world.protections(), None, clock::now());
     for set in found.unprotected {
         *counts.entry(set.namespace.to_owned()).or_default() += 1;
     }

@@ -6,7 +6,7 @@
 
 mod decide;
 mod metrics;
-mod observe;
+pub(crate) mod observe;
 mod perform;
 mod status;
 #[cfg(test)]

@@ -1,7 +1,9 @@
 //! Watches the cluster, and tells what is known of it as plain facts: the only room that asks the API server questions.
 //!
-//! It judges nothing. Of each object it keeps what decisions need, and nothing else.
+//! It judges nothing. Of each object it keeps what decisions need, and nothing else. The plugin, which reads once and does
+//! not watch, makes its facts here too ([`World::of`]).
 
+use std::borrow::Borrow;
 use std::collections::{BTreeMap, HashMap};
 use std::fmt::Debug;
 use std::hash::Hash;
@@ -37,12 +39,12 @@ use crate::telemetry;
 const PAGE: u32 = 100;
 
 /// A `StatefulSet`, or a backup: namespace and name.
-pub(super) type Key = (String, String);
+pub(crate) type Key = (String, String);
 
 /// A `StatefulSet` as far as it is read: whether it has claims is all that matters of its spec.
 #[derive(Resource, Clone, Debug, Deserialize)]
 #[resource(inherit = "StatefulSet")]
-pub(super) struct KnownSet {
+pub(crate) struct KnownSet {
     metadata: ObjectMeta,
     #[serde(default)]
     spec: KnownSetSpec,
@@ -57,31 +59,31 @@ struct KnownSetSpec {
 
 /// All that is known at one moment.
 #[derive(Clone, Debug, Default)]
-pub(super) struct World {
-    pub(super) policies: Vec<PolicyFacts>,
-    pub(super) sets: BTreeMap<Key, SetFacts>,
+pub(crate) struct World {
+    pub(crate) policies: Vec<PolicyFacts>,
+    pub(crate) sets: BTreeMap<Key, SetFacts>,
     /// Those that are known, and not being deleted.
-    pub(super) namespaces: HashMap<String, NamespaceFacts>,
-    pub(super) backups: Vec<BackupFacts>,
+    pub(crate) namespaces: HashMap<String, NamespaceFacts>,
+    pub(crate) backups: Vec<BackupFacts>,
     /// The hooks that the agent's configuration names.
     pub(super) hook_profiles: Arc<BTreeMap<String, HookProfile>>,
 }
 
 /// A policy.
 #[derive(Clone, Debug)]
-pub(super) struct PolicyFacts {
+pub(crate) struct PolicyFacts {
     pub(super) name: String,
-    pub(super) uid: String,
+    pub(crate) uid: String,
     pub(super) deleting: bool,
-    pub(super) object: Arc<StatefulSetBackupPolicy>,
+    pub(crate) object: Arc<StatefulSetBackupPolicy>,
 }
 
 /// A `StatefulSet`.
 #[derive(Clone, Debug)]
-pub(super) struct SetFacts {
+pub(crate) struct SetFacts {
     pub(super) labels: BTreeMap<String, String>,
     pub(super) created: Timestamp,
-    pub(super) has_claims: bool,
+    pub(crate) has_claims: bool,
     /// It carries the annotation that keeps policies away.
     pub(super) excluded: bool,
     pub(super) deleting: bool,
@@ -89,7 +91,7 @@ pub(super) struct SetFacts {
 
 /// A namespace.
 #[derive(Clone, Debug, Default)]
-pub(super) struct NamespaceFacts {
+pub(crate) struct NamespaceFacts {
     pub(super) labels: BTreeMap<String, String>,
     /// It carries the annotation that keeps policies away.
     pub(super) excluded: bool,
@@ -97,17 +99,47 @@ pub(super) struct NamespaceFacts {
 
 /// A backup whose `StatefulSet` is in its own namespace, or in one that grants it.
 #[derive(Clone, Debug)]
-pub(super) struct BackupFacts {
-    pub(super) key: Key,
+pub(crate) struct BackupFacts {
+    pub(crate) key: Key,
     pub(super) uid: String,
     /// The uid of the policy that owns it; none: somebody wrote it by hand.
-    pub(super) owner: Option<String>,
+    pub(crate) owner: Option<String>,
     /// The policy that its label names.
-    pub(super) from_policy: Option<String>,
+    pub(crate) from_policy: Option<String>,
     pub(super) set: Key,
-    pub(super) newest: Option<Timestamp>,
+    pub(crate) newest: Option<Timestamp>,
     pub(super) deleting: bool,
-    pub(super) object: Arc<StatefulSetBackup>,
+    pub(crate) object: Arc<StatefulSetBackup>,
+}
+
+impl World {
+    /// The facts of what was read. A backup of another namespace than its `StatefulSet`'s counts where it may be taken:
+    /// else whoever writes one could keep a policy from its work.
+    pub(crate) fn of(
+        policies: impl IntoIterator<Item = Arc<StatefulSetBackupPolicy>>,
+        backups: impl IntoIterator<Item = Arc<StatefulSetBackup>>,
+        sets: &[impl Borrow<KnownSet>],
+        namespaces: &[impl Borrow<PartialObjectMeta<Namespace>>],
+    ) -> Self {
+        let namespaces = || namespaces.iter().map(Borrow::borrow);
+        let is_granted = |home: &str, to: &str| {
+            namespaces().any(|namespace| namespace.name_any() == home && is_granted_by(namespace, to))
+        };
+        let backups = backups.into_iter().map(backup_facts).filter(|backup| {
+            let (own, home) = (&backup.key.0, &backup.set.0);
+            own == home || is_granted(home, own)
+        });
+        Self {
+            policies: policies.into_iter().map(policy_facts).collect(),
+            backups: backups.collect(),
+            sets: sets.iter().map(Borrow::borrow).map(|set| (key_of(set), set_facts(set))).collect(),
+            namespaces: namespaces()
+                .filter(|namespace| namespace.metadata.deletion_timestamp.is_none())
+                .map(|namespace| (namespace.name_any(), namespace_facts(namespace)))
+                .collect(),
+            hook_profiles: Arc::default(),
+        }
+    }
 }
 
 /// What is watched, as of now.
@@ -147,26 +179,10 @@ impl Stores {
 
     /// The facts as they are now.
     pub(super) fn observe(&self) -> World {
-        let namespaces = self.namespaces.state();
-        // A foreign backup counts where it may be taken: else whoever writes one could keep a policy from its work.
-        let is_granted = |home: &str, to: &str| {
-            namespaces.iter().any(|namespace| namespace.name_any() == home && is_granted_by(&**namespace, to))
-        };
-        let backups = self.backups.state().into_iter().map(backup_facts);
-        let backups = backups.filter(|backup| {
-            let (own, home) = (&backup.key.0, &backup.set.0);
-            own == home || is_granted(home, own)
-        });
+        let (policies, backups) = (self.policies.state(), self.backups.state());
         World {
-            policies: self.policies.state().into_iter().map(policy_facts).collect(),
-            backups: backups.collect(),
-            sets: self.sets.state().iter().map(|set| (key_of(&**set), set_facts(set))).collect(),
-            namespaces: namespaces
-                .iter()
-                .filter(|namespace| namespace.metadata.deletion_timestamp.is_none())
-                .map(|namespace| (namespace.name_any(), namespace_facts(namespace)))
-                .collect(),
             hook_profiles: Arc::clone(&self.hook_profiles),
+            ..World::of(policies, backups, &self.sets.state(), &self.namespaces.state())
         }
     }
 }
