@@ -28,6 +28,8 @@ pub(super) struct Results {
     pub(super) done: BTreeSet<usize>,
     /// Those that were done before, without that it was seen yet.
     pub(super) done_before: BTreeSet<usize>,
+    /// Some were for objects that had changed since they were looked at.
+    pub(super) is_outdated: bool,
     /// Those that failed, now or before, and why.
     pub(super) failed: BTreeMap<usize, String>,
 }
@@ -178,8 +180,8 @@ fn left_to_idle(plan: &PolicyPlan<'_>) -> Option<String> {
         return None;
     }
     Some(format!(
-        "{} left to backups written by hand that begin no runs by themselves, and not protected: {}; schedule or delete \
-         these",
+        "{} left to backups written by hand that begin no runs by themselves, and not protected: {}; schedule, \
+         resume or delete these",
         left.len(),
         some(&left)
     ))
