@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use jiff::Timestamp;
 use sts_backup_api::conditions::{
     self, APPLIED, HOOK_PROFILE_NOT_FOUND, INVALID_SCHEDULE, INVALID_SELECTOR, NAME_TAKEN, READY,
+    WAITING,
 };
 use sts_backup_api::coverage::SetName;
 use sts_backup_api::policy::{
@@ -165,7 +166,7 @@ fn applied(
     if !waiting.is_empty() {
         let message =
             format!("an earlier backup is still to go, or changed meanwhile, of {}", some(&waiting));
-        return (false, "Waiting", message);
+        return (false, WAITING, message);
     }
     (true, "Applied", "every StatefulSet that is this policy's has its backup".to_owned())
 }
