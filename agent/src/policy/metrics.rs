@@ -57,7 +57,7 @@ impl Collector for Scrape {
         let unprotected = if is_complete { unprotected(&self.stores.observe()) } else { BTreeMap::new() };
         let mut family = encoder.encode_descriptor(
             "sts_backup_unprotected_statefulsets",
-            "StatefulSets with claims that no backup names, or only suspended ones",
+            "StatefulSets with claims that no backup names, or only ones that are suspended or have no schedule",
             None,
             MetricType::Gauge,
         )?;
@@ -107,9 +107,13 @@ mod tests {
             .set("dev/db", &[])
             .set("shop/opted-out", &[])
             .excluded("shop/opted-out")
+            .set("shop/now-and-then", &[])
+            .by_hand("shop/asked-for", "now-and-then", None)
             .by_hand("shop/mine", "db", None)
-            .by_hand("bank/mine", "db", None);
-        let expected = [("bank".to_owned(), 0), ("shop".to_owned(), 1)];
+            .scheduled("shop/mine")
+            .by_hand("bank/mine", "db", None)
+            .scheduled("bank/mine");
+        let expected = [("bank".to_owned(), 0), ("shop".to_owned(), 2)];
         assert_eq!(unprotected(&world.facts()), expected.into());
     }
 }
