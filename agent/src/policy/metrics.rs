@@ -10,6 +10,7 @@ use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric};
 use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::gauge::ConstGauge;
+use sts_backup_api::conditions::{self, APPLIED, READY};
 use sts_backup_api::coverage::coverage;
 use sts_backup_api::policy::StatefulSetBackupPolicyStatus;
 
@@ -42,13 +43,25 @@ impl fmt::Debug for Scrape {
     }
 }
 
-type Gauge = (&'static str, &'static str, fn(&StatefulSetBackupPolicyStatus) -> i64);
+type Gauge = (&'static str, &'static str, fn(&StatefulSetBackupPolicyStatus) -> Option<i64>);
 
-const GAUGES: [Gauge; 3] = [
-    ("sts_backup_policy_matched", "StatefulSets that the policy selects", |status| status.matched),
-    ("sts_backup_policy_protected", "StatefulSets of these that are protected", |status| status.protected),
-    ("sts_backup_policy_overdue", "StatefulSets of these that are overdue", |status| status.overdue),
+const GAUGES: [Gauge; 5] = [
+    ("sts_backup_policy_ready", "1: the spec can be used; 0: it cannot", |status| is_true(status, READY)),
+    (
+        "sts_backup_policy_applied",
+        "1: every StatefulSet that the policy is to back up has its backup as the template says; 0: some have not",
+        |status| is_true(status, APPLIED),
+    ),
+    ("sts_backup_policy_matched", "StatefulSets that the policy selects", |status| Some(status.matched)),
+    ("sts_backup_policy_protected", "StatefulSets of these that are protected", |status| {
+        Some(status.protected)
+    }),
+    ("sts_backup_policy_overdue", "StatefulSets of these that are overdue", |status| Some(status.overdue)),
 ];
+
+fn is_true(status: &StatefulSetBackupPolicyStatus, condition: &str) -> Option<i64> {
+    Some(i64::from(conditions::find(&status.conditions, condition)?.status == "True"))
+}
 
 impl Collector for Scrape {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
@@ -67,9 +80,9 @@ impl Collector for Scrape {
         for (name, help, value) in GAUGES {
             let mut family = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
             for policy in self.stores.policies.state() {
-                if let Some(status) = &policy.status {
+                if let Some(value) = policy.status.as_ref().and_then(value) {
                     let labels = OfPolicy { policy: policy.name_any() };
-                    ConstGauge::new(value(status)).encode(family.encode_family(&labels)?)?;
+                    ConstGauge::new(value).encode(family.encode_family(&labels)?)?;
                 }
             }
         }
@@ -91,8 +104,28 @@ fn unprotected(world: &World) -> BTreeMap<String, i64> {
 
 #[cfg(test)]
 mod tests {
+    use jiff::Timestamp;
+
     use super::*;
     use crate::policy::tests::world;
+
+    #[test]
+    fn a_condition_is_one_or_zero_and_nothing_until_it_is_known() {
+        let mut status =
+            StatefulSetBackupPolicyStatus { matched: 3, protected: 2, overdue: 1, ..Default::default() };
+        let values = |status| GAUGES.map(|(_, _, value)| value(status));
+        assert_eq!(values(&status), [None, None, Some(3), Some(2), Some(1)]);
+        for (condition, is_so) in [(READY, true), (APPLIED, false)] {
+            conditions::set(
+                &mut status.conditions,
+                condition,
+                (is_so, "Reason", ""),
+                None,
+                Timestamp::UNIX_EPOCH,
+            );
+        }
+        assert_eq!(values(&status), [Some(1), Some(0), Some(3), Some(2), Some(1)]);
+    }
 
     #[test]
     fn what_nothing_protects_is_counted_by_namespace() {
