@@ -294,15 +294,10 @@ fn summary(covered: &[Covered]) -> String {
     let told = told.map(|state| (number(covered, state), state)).filter(|(number, _)| *number > 0);
     let told: Vec<_> =
         told.map(|(number, state)| format!("{number} {}", state.word().to_lowercase())).collect();
-    let mut text = count(covered.len() - excluded, "StatefulSet");
-    if !told.is_empty() {
-        text.push_str(": ");
-        text.push_str(&told.join(", "));
-    }
-    if excluded > 0 {
-        text.push_str(&format!("; {excluded} excluded"));
-    }
-    text
+    let sets = count(covered.len() - excluded, "StatefulSet");
+    let states = if told.is_empty() { String::new() } else { format!(": {}", told.join(", ")) };
+    let rest = if excluded > 0 { format!("; {excluded} excluded") } else { String::new() };
+    format!("{sets}{states}{rest}")
 }
 
 /// Where was looked, and where else to look.

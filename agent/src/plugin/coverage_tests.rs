@@ -1,3 +1,10 @@
+use std::sync::Mutex;
+
+use axum::Router;
+use axum::body::Body;
+use axum::extract::Request;
+use axum::http::StatusCode;
+use kube::Client;
 use serde_json::Value;
 
 use super::*;
@@ -164,7 +171,7 @@ fn only_gaps_fail_and_only_when_asked_to() {
             "alone" | "cache" | "queue" => Exit::Failure,
             _ => Exit::Success,
         };
-        assert_eq!(exit(&[covered.clone()], true), expected, "{covered:?}");
+        assert_eq!(exit(std::slice::from_ref(&covered), true), expected, "{covered:?}");
     }
     assert_eq!(exit(&[], true), Exit::Success);
 }
@@ -205,4 +212,88 @@ fn an_empty_answer_says_where_it_looked() {
         "No StatefulSet with volumeClaimTemplates in namespace shop.\n  kubectl stsbackup coverage -A looks in all namespaces"
     );
     assert!(!nothing_in(&Scope::All).contains("-A"));
+}
+
+const SETS: &str = "/apis/apps/v1/namespaces/shop/statefulsets";
+const BACKUPS: &str = "/apis/backup.sts-backup.io/v1alpha1/namespaces/shop/statefulsetbackups";
+const ALL_BACKUPS: &str = "/apis/backup.sts-backup.io/v1alpha1/statefulsetbackups";
+const POLICIES: &str = "/apis/backup.sts-backup.io/v1alpha1/statefulsetbackuppolicies";
+
+/// What somebody reads who may read only the paths that are answered, and which paths were asked for.
+async fn read_by(
+    annotations: &Value,
+    answers: &[(&'static str, Value)],
+    how: &Coverage,
+) -> (Result<World, Error>, Vec<String>) {
+    let mut answers = answers.to_vec();
+    answers.push((
+        "/api/v1/namespaces/shop",
+        json!({ "metadata": { "name": "shop", "annotations": annotations } }),
+    ));
+    let asked = Arc::new(Mutex::new(Vec::new()));
+    let seen = Arc::clone(&asked);
+    let answer = move |request: Request| {
+        let path = request.uri().path().to_owned();
+        let found = answers.iter().find(|(at, _)| *at == path).map(|(_, answer)| answer.clone());
+        seen.lock().unwrap().push(path);
+        let refusal = json!({
+            "kind": "Status", "apiVersion": "v1", "status": "Failure", "code": 403, "reason": "Forbidden", "message": "no",
+        });
+        let code = if found.is_some() { StatusCode::OK } else { StatusCode::FORBIDDEN };
+        async move { (code, Body::from(found.unwrap_or(refusal).to_string())) }
+    };
+    let cluster = Cluster::of(Client::new(Router::new().fallback(answer), "default"), "shop");
+    let world = observe(&cluster, &Scope::Namespace("shop".to_owned()), how).await;
+    let asked = asked.lock().unwrap().clone();
+    (world, asked)
+}
+
+fn listed(items: &Value) -> Value {
+    json!({ "apiVersion": "v1", "kind": "List", "metadata": {}, "items": items })
+}
+
+fn sets() -> Value {
+    listed(&json!([{
+        "metadata": { "namespace": "shop", "name": "db", "creationTimestamp": "2026-01-01T00:00:00Z" },
+        "spec": { "replicas": 1, "volumeClaimTemplates": [{ "metadata": { "name": "data" } }] },
+    }]))
+}
+
+fn one_backup(namespace: &str) -> Value {
+    listed(&json!([{
+        "metadata": { "namespace": namespace, "name": "nightly" },
+        "spec": { "statefulSetRef": { "namespace": "shop", "name": "db" } },
+    }]))
+}
+
+fn how(rpo: Option<Duration>, fail: bool) -> Coverage {
+    Coverage { all_namespaces: false, rpo, fail, output: None }
+}
+
+#[tokio::test]
+async fn who_may_not_list_policies_gets_an_answer_and_a_check_fails() {
+    let answers = [(SETS, sets()), (BACKUPS, one_backup("shop"))];
+    let (world, _) = read_by(&json!({}), &answers, &how(None, false)).await;
+    assert_eq!(states(&covered(&world.unwrap(), None, now())), [("db", State::Protected)]);
+
+    let (world, _) = read_by(&json!({}), &answers, &how(None, true)).await;
+    assert!(matches!(world.unwrap_err(), Error::Forbidden { .. }));
+
+    let (world, asked) = read_by(&json!({}), &answers, &how(Some(Duration::from_hours(1)), true)).await;
+    assert_eq!(world.unwrap().backups.len(), 1);
+    assert_eq!(asked, ["/api/v1/namespaces/shop", SETS, BACKUPS], "with --rpo nobody asks for policies");
+}
+
+#[tokio::test]
+async fn backups_of_other_namespaces_are_looked_for_where_they_are_let_in() {
+    let granted = json!({ ALLOW_BACKUP_FROM_ANNOTATION: "ops" });
+    let policies = (POLICIES, listed(&json!([])));
+    let answers = [(SETS, sets()), (ALL_BACKUPS, one_backup("ops")), policies.clone()];
+    let (world, _) = read_by(&granted, &answers, &how(None, true)).await;
+    assert_eq!(states(&covered(&world.unwrap(), None, now())), [("db", State::Protected)]);
+
+    let answers = [(SETS, sets()), (BACKUPS, listed(&json!([]))), policies];
+    let (world, asked) = read_by(&granted, &answers, &how(None, true)).await;
+    assert_eq!(states(&covered(&world.unwrap(), None, now())), [("db", State::Unprotected)]);
+    assert_eq!(asked[2..4], [ALL_BACKUPS, BACKUPS], "its own count all the same");
 }
