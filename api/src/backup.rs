@@ -202,6 +202,15 @@ impl StatefulSetBackupSpec {
         }
     }
 
+    /// The schedule as people read it, with all that its times depend on; none without one.
+    #[must_use]
+    pub fn timing(&self) -> Option<String> {
+        let schedule = self.schedule.as_deref().filter(|schedule| !schedule.is_empty())?;
+        let zone = self.time_zone.as_deref().filter(|zone| !zone.is_empty()).unwrap_or("UTC");
+        let spread = self.spread.as_ref().map_or_else(String::new, |spread| format!(", spread {spread:?}"));
+        Some(format!("{schedule} ({zone}{spread})"))
+    }
+
     /// The snapshot class that the user names, in either spelling.
     #[must_use]
     pub fn snapshot_class(&self) -> Option<&str> {
@@ -371,7 +380,11 @@ pub struct StatefulSetBackupStatus {
     /// The time of the newest complete recovery point that a run made.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_successful_time: Option<MicroTime>,
-    /// The newest scheduled time that was dealt with: a run was begun for it, or it was missed.
+    /// The schedule that the times below are of, with its zone and spread.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub schedule: Option<String>,
+    /// How far scheduled times are dealt with: the newest one that a run was begun for or that was missed, or when the
+    /// schedule was written or no longer suspended.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_schedule_time: Option<Time>,
     /// When the next scheduled run begins; absent without a schedule, and while suspended.

@@ -1,4 +1,11 @@
-use serde_json::json;
+use std::sync::{Arc, Mutex};
+
+use axum::Router;
+use axum::body::Body;
+use axum::extract::Request;
+use axum::http::StatusCode;
+use kube::Client;
+use serde_json::{Value, json};
 use sts_backup_api::names::HOLD_LABEL;
 use sts_backup_api::snapshot::SOURCE_PROTECTION_FINALIZER;
 
@@ -24,8 +31,9 @@ fn a_point_that_nobody_needs_goes_and_naming_it_twice_is_naming_it_once() {
     let chosen = chosen(&owned, &which(&["r1", "r2", "r1"])).unwrap();
     assert_eq!(chosen.iter().map(|point| point.id.as_str()).collect::<Vec<_>>(), ["r1", "r2"]);
     assert_eq!(
-        question(&owned, &chosen),
-        "Delete 2 recovery points (4 VolumeSnapshots) of shop/nightly? [y/N]"
+        question(&owned, &chosen, "context prod, https://10.0.0.1:6443/"),
+        "Delete 2 recovery points (4 VolumeSnapshots) of shop/nightly in the cluster of context prod, \
+         https://10.0.0.1:6443/? [y/N]"
     );
 }
 
@@ -115,4 +123,75 @@ fn a_snapshot_goes_only_as_it_was_seen() {
         still_to_delete(snapshot, "it").unwrap_err().brief(),
         "delete it: it was put on hold meanwhile"
     );
+}
+
+/// A cluster whose lists are what `lists` says, the last one for ever, and that answers deletions with these codes; and
+/// what it was asked.
+fn cluster(lists: Vec<Owned>, deletions: Vec<u16>) -> (Cluster, Arc<Mutex<Vec<String>>>) {
+    let asked = Arc::new(Mutex::new(Vec::new()));
+    let (seen, state) = (Arc::clone(&asked), Arc::new(Mutex::new((lists, deletions))));
+    let answer = move |request: Request| {
+        let (path, method) = (request.uri().path().to_owned(), request.method().to_string());
+        let name = path.rsplit('/').next().unwrap_or_default().to_owned();
+        let mut state = state.lock().unwrap();
+        let (lists, deletions) = &mut *state;
+        let (code, body) = match (method.as_str(), name.as_str()) {
+            ("DELETE", _) => {
+                let code = deletions.remove(0);
+                let reason = if code == 409 { "Conflict" } else { "Forbidden" };
+                let status = if code == 200 { "Success" } else { "Failure" };
+                let refused = json!({
+                    "kind": "Status", "apiVersion": "v1", "status": status, "code": code, "reason": reason, "message": "no",
+                });
+                (code, refused)
+            }
+            (_, "volumesnapshots") => {
+                let owned = if lists.len() > 1 { lists.remove(0) } else { lists[0].clone() };
+                (200, json!({ "metadata": {}, "items": owned.snapshots }))
+            }
+            _ => {
+                let mut backup = json!(lists[0].backup);
+                backup["apiVersion"] = json!("backup.sts-backup.io/v1alpha1");
+                backup["kind"] = json!("StatefulSetBackup");
+                (200, backup)
+            }
+        };
+        seen.lock().unwrap().push(format!("{method} {name}"));
+        let answer = (StatusCode::from_u16(code).unwrap(), Body::from(Value::to_string(&body)));
+        async move { answer }
+    };
+    (Cluster::of(Client::new(Router::new().fallback(answer), "default"), "shop"), asked)
+}
+
+const READ: [&str; 2] = ["GET nightly", "GET volumesnapshots"];
+
+#[tokio::test]
+async fn a_point_is_read_again_and_the_others_go_only_after_the_first() {
+    let (cluster, asked) = cluster(vec![owned(&["r2", "r1"])], vec![409, 200, 200]);
+    let id = RunId::from("r1".to_owned());
+    assert_eq!(delete_point(&cluster, &which(&["r1"]), &id).await, Ok(2));
+    let (first, other) = ("DELETE data-db-0-r1", "DELETE data-db-1-r1");
+    let expected = [&READ[..], &[first], &READ[..], &[first, other]].concat();
+    assert_eq!(*asked.lock().unwrap(), expected);
+}
+
+#[tokio::test]
+async fn a_point_whose_first_snapshot_cannot_be_deleted_stays_whole() {
+    let (cluster, asked) = cluster(vec![owned(&["r2", "r1"])], vec![403]);
+    let id = RunId::from("r1".to_owned());
+    let refused = delete_point(&cluster, &which(&["r1"]), &id).await.unwrap_err();
+    assert!(refused.contains("delete VolumeSnapshot shop/data-db-0-r1: you may not"), "{refused}");
+    assert_eq!(*asked.lock().unwrap(), [&READ[..], &["DELETE data-db-0-r1"]].concat());
+}
+
+#[tokio::test]
+async fn a_point_one_of_whose_snapshots_was_held_meanwhile_stays_whole() {
+    let mut held = owned(&["r2", "r1"]);
+    held.snapshots[3].labels_mut().insert(HOLD_LABEL.to_owned(), "true".to_owned());
+    // The first one has changed as well, which is how the other one comes to be seen.
+    let (cluster, asked) = cluster(vec![owned(&["r2", "r1"]), held], vec![409]);
+    let id = RunId::from("r1".to_owned());
+    let refused = delete_point(&cluster, &which(&["r1"]), &id).await.unwrap_err();
+    assert!(refused.starts_with("r1 is on hold"), "{refused}");
+    assert_eq!(*asked.lock().unwrap(), [&READ[..], &["DELETE data-db-0-r1"], &READ[..]].concat());
 }

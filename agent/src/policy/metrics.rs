@@ -11,10 +11,10 @@ use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetri
 use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::gauge::ConstGauge;
 use sts_backup_api::conditions::{self, APPLIED, READY};
-use sts_backup_api::coverage::{Protectee, SetName, coverage};
+use sts_backup_api::coverage::coverage;
 use sts_backup_api::policy::StatefulSetBackupPolicyStatus;
 
-use super::observe::{BackupFacts, Stores, World};
+use super::observe::{Stores, World};
 use crate::clock;
 use crate::metrics::Metrics;
 
@@ -70,7 +70,7 @@ impl Collector for Scrape {
         let unprotected = if is_complete { unprotected(&self.stores.observe()) } else { BTreeMap::new() };
         let mut family = encoder.encode_descriptor(
             "sts_backup_unprotected_statefulsets",
-            "StatefulSets with claims that no backup names, or only suspended ones",
+            "StatefulSets with claims that no backup names, or only ones that are suspended or have no schedule",
             None,
             MetricType::Gauge,
         )?;
@@ -92,19 +92,10 @@ impl Collector for Scrape {
 
 /// How many are unprotected in each namespace that has something to protect.
 fn unprotected(world: &World) -> BTreeMap<String, i64> {
-    let sets = || {
-        world.sets.iter().map(|((namespace, name), facts)| Protectee {
-            set: SetName { namespace, name },
-            created: facts.created,
-            excluded: facts.excluded
-                || !facts.has_claims
-                || world.namespaces.get(namespace).is_none_or(|namespace| namespace.excluded),
-        })
-    };
     let mut counts: BTreeMap<String, i64> =
-        sets().filter(|set| !set.excluded).map(|set| (set.set.namespace.to_owned(), 0)).collect();
+        world.protectees().filter(|set| !set.excluded).map(|set| (set.set.namespace.to_owned(), 0)).collect();
     // Without an RPO nothing depends on the time.
-    let found = coverage(sets(), world.backups.iter().map(BackupFacts::protection), None, clock::now());
+    let found = coverage(world.protectees(), world.protections(), None, clock::now());
     for set in found.unprotected {
         *counts.entry(set.namespace.to_owned()).or_default() += 1;
     }
@@ -149,9 +140,13 @@ mod tests {
             .set("dev/db", &[])
             .set("shop/opted-out", &[])
             .excluded("shop/opted-out")
+            .set("shop/now-and-then", &[])
+            .by_hand("shop/asked-for", "now-and-then", None)
             .by_hand("shop/mine", "db", None)
-            .by_hand("bank/mine", "db", None);
-        let expected = [("bank".to_owned(), 0), ("shop".to_owned(), 1)];
+            .scheduled("shop/mine")
+            .by_hand("bank/mine", "db", None)
+            .scheduled("bank/mine");
+        let expected = [("bank".to_owned(), 0), ("shop".to_owned(), 2)];
         assert_eq!(unprotected(&world.facts()), expected.into());
     }
 }
