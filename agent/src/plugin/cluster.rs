@@ -62,6 +62,12 @@ impl Cluster {
         Ok(Self { client, namespace })
     }
 
+    /// What answers to `client`.
+    #[cfg(test)]
+    pub(super) fn of(client: Client) -> Self {
+        Self { client, namespace: "shop".to_owned() }
+    }
+
     /// The namespace that is meant when none is named.
     pub(super) fn namespace(&self) -> &str {
         &self.namespace

@@ -1,4 +1,11 @@
-use serde_json::json;
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex};
+
+use axum::Router;
+use axum::body::{Body, to_bytes};
+use axum::extract::Request;
+use axum::http::StatusCode;
+use serde_json::{Value, json};
 use sts_backup_api::names::HOLD_LABEL;
 use sts_backup_api::snapshot::SOURCE_PROTECTION_FINALIZER;
 
@@ -100,19 +107,85 @@ fn only_a_yes_is_a_yes() {
     }
 }
 
-#[test]
-fn a_snapshot_goes_only_as_it_was_seen() {
+/// A cluster whose API server gives these answers one after the other, and what it was asked: method and body.
+fn answering(answers: Vec<(u16, Value)>) -> (Cluster, Arc<Mutex<Vec<(String, Value)>>>) {
+    let asked = Arc::new(Mutex::new(Vec::new()));
+    let answers = Arc::new(Mutex::new(VecDeque::from(answers)));
+    let seen = Arc::clone(&asked);
+    let answer = move |request: Request| {
+        let (seen, answers) = (Arc::clone(&seen), Arc::clone(&answers));
+        async move {
+            let (parts, body) = request.into_parts();
+            let body = to_bytes(body, usize::MAX).await.unwrap();
+            let body = serde_json::from_slice(&body).unwrap_or_default();
+            seen.lock().unwrap().push((parts.method.to_string(), body));
+            let (status, answer) = answers.lock().unwrap().pop_front().unwrap();
+            (StatusCode::from_u16(status).unwrap(), Body::from(answer.to_string()))
+        }
+    };
+    let client = kube::Client::new(Router::new().fallback(answer), "default");
+    (Cluster::of(client), asked)
+}
+
+fn refused(code: u16) -> (u16, Value) {
+    let status = json!({
+        "kind": "Status", "apiVersion": "v1", "status": "Failure", "code": code, "reason": "", "message": "no",
+    });
+    (code, status)
+}
+
+/// A snapshot as an API server has it.
+fn seen(version: &str) -> VolumeSnapshot {
     let mut snapshot = owned(&["r1"]).snapshots.remove(0);
     snapshot.metadata.uid = Some("uid".to_owned());
-    snapshot.metadata.resource_version = Some("4711".to_owned());
-    assert_eq!(
-        serde_json::to_value(as_seen(&snapshot)).unwrap(),
-        json!({ "preconditions": { "uid": "uid", "resourceVersion": "4711" } })
-    );
-    assert!(still_to_delete(snapshot.clone(), "it").is_ok());
-    snapshot.labels_mut().insert(HOLD_LABEL.to_owned(), "true".to_owned());
-    assert_eq!(
-        still_to_delete(snapshot, "it").unwrap_err().brief(),
-        "delete it: it was put on hold meanwhile"
-    );
+    snapshot.metadata.resource_version = Some(version.to_owned());
+    snapshot
+}
+
+fn found(snapshot: &VolumeSnapshot) -> (u16, Value) {
+    (200, serde_json::to_value(snapshot).unwrap())
+}
+
+fn deletes(version: &str) -> (String, Value) {
+    let preconditions = json!({ "uid": "uid", "resourceVersion": version });
+    ("DELETE".to_owned(), json!({ "preconditions": preconditions }))
+}
+
+#[tokio::test]
+async fn a_snapshot_that_changed_is_looked_at_again_and_deleted_as_it_is_then() {
+    let (cluster, asked) = answering(vec![refused(409), found(&seen("2")), found(&seen("2"))]);
+    delete(&cluster, &seen("1")).await.unwrap();
+    assert_eq!(*asked.lock().unwrap(), [deletes("1"), ("GET".to_owned(), json!(null)), deletes("2")]);
+}
+
+#[tokio::test]
+async fn a_snapshot_that_somebody_wants_meanwhile_stays() {
+    let mut held = seen("2");
+    held.labels_mut().insert(HOLD_LABEL.to_owned(), "true".to_owned());
+    let mut used = seen("2");
+    used.finalizers_mut().push(SOURCE_PROTECTION_FINALIZER.to_owned());
+    for (now, why) in [(held, "it was put on hold meanwhile"), (used, "a volume is being made from it")] {
+        let (cluster, asked) = answering(vec![refused(409), found(&now)]);
+        let refused = delete(&cluster, &seen("1")).await.unwrap_err();
+        assert_eq!(refused.brief(), format!("delete VolumeSnapshot shop/data-db-0-r1: {why}"));
+        assert_eq!(asked.lock().unwrap().len(), 2);
+    }
+}
+
+#[tokio::test]
+async fn a_snapshot_that_is_gone_or_another_one_is_done_with() {
+    let mut another = seen("2");
+    another.metadata.uid = Some("another".to_owned());
+    for answers in [vec![refused(404)], vec![refused(409), refused(404)], vec![refused(409), found(&another)]]
+    {
+        delete(&answering(answers).0, &seen("1")).await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_right_that_is_missing_is_told_and_nothing_is_tried_again() {
+    let (cluster, asked) = answering(vec![refused(403)]);
+    let refused = delete(&cluster, &seen("1")).await.unwrap_err();
+    assert_eq!(refused.brief(), "delete VolumeSnapshot shop/data-db-0-r1: you may not: no");
+    assert_eq!(asked.lock().unwrap().len(), 1);
 }

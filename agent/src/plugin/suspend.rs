@@ -43,7 +43,7 @@ async fn set(cluster: &Cluster, name: &str, suspend: bool) -> Result<Exit, Error
     output::print(&said(&backup, suspend, clock::now()))?;
     if let Some(policy) = backup.labels().get(FROM_POLICY_LABEL).filter(|_| backup.spec.suspend != suspend) {
         output::complain(&format!(
-            "StatefulSetBackupPolicy {policy} writes this object, and its template decides: set suspend there"
+            "StatefulSetBackupPolicy {policy} writes this object: where its template sets suspend, the template decides"
         ));
     }
     Ok(Exit::Success)
