@@ -1,8 +1,9 @@
-//! What the docs list is what there is: alerts and their metrics, and Events.
+//! What the docs list is what there is: alerts and their metrics, Events, and commands of the plugin.
 
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use serde::Deserialize;
 
@@ -82,16 +83,22 @@ fn every_alert_has_a_runbook_and_every_runbook_an_alert() {
 #[test]
 fn alerts_speak_of_metrics_that_the_docs_list() {
     /// What else is in the expressions: words of PromQL, and labels.
-    const WORDS: [&str; 12] = [
+    const WORDS: [&str; 18] = [
         "absent",
+        "and",
         "backup",
         "by",
         "cluster",
+        "group",
+        "last_over_time",
         "max",
         "min",
         "min_over_time",
         "namespace",
+        "offset",
+        "on",
         "or",
+        "policy",
         "statefulset",
         "time",
         "unless",
@@ -111,6 +118,42 @@ fn alerts_speak_of_metrics_that_the_docs_list() {
             );
         }
     }
+}
+
+/// All pages for users, by their paths.
+fn pages() -> Vec<(PathBuf, String)> {
+    let docs = fs::read_dir(repository().join("docs")).expect("a folder");
+    let docs = docs.map(|entry| entry.expect("an entry").path());
+    let pages = docs.filter(|path| path.extension().is_some_and(|extension| extension == "md"));
+    let pages = pages.chain([repository().join("README.md")]);
+    pages.map(|path| (path.clone(), fs::read_to_string(path).expect("a page"))).collect()
+}
+
+#[test]
+fn docs_name_subcommands_that_the_plugin_has() {
+    let help =
+        Command::new(env!("CARGO_BIN_EXE_kubectl-stsbackup")).arg("--help").output().expect("a plugin");
+    let help = String::from_utf8(help.stdout).expect("text");
+    let (_, list) = help.split_once("\nCommands:\n").expect("commands");
+    let lines = list.lines().take_while(|line| !line.is_empty());
+    // What a command does may go on in a line that is indented further.
+    let names = lines.filter_map(|line| line.strip_prefix("  ")?.split(' ').next());
+    let known: BTreeSet<&str> = names.filter(|name| !name.is_empty()).collect();
+    assert!(known.contains("describe") && known.contains("run"), "{known:?}");
+    let mut named = 0;
+    for (path, page) in pages() {
+        for rest in page.split("kubectl stsbackup ").skip(1) {
+            let is_name = |letter: char| letter.is_ascii_lowercase() || letter == '-';
+            let name = rest.split(|letter| !is_name(letter)).next().unwrap_or_default();
+            // A placeholder, or a flag for every command.
+            if name.is_empty() || name.starts_with('-') {
+                continue;
+            }
+            assert!(known.contains(name), "{}: the plugin has no {name}: {known:?}", path.display());
+            named += 1;
+        }
+    }
+    assert!(named > 10, "only {named} are named");
 }
 
 /// The code of a folder, tests that lie beside it included.

@@ -155,7 +155,7 @@ pub struct StatefulSetBackupSpec {
 pub use kube::core::Duration as Span;
 
 /// What the schema admits as a [`Span`].
-pub(crate) const SPAN: &str = "^([0-9]{1,6}(h|m|s))+$";
+pub(crate) const SPAN: &str = "^([0-9]{1,10}(h|m|s))+$";
 
 fn default_max_freeze_seconds() -> i64 {
     120
@@ -200,6 +200,15 @@ impl StatefulSetBackupSpec {
             snapshot_timeout_seconds: default_snapshot_timeout_seconds(),
             history_limit: default_history_limit(),
         }
+    }
+
+    /// The schedule as people read it, with all that its times depend on; none without one.
+    #[must_use]
+    pub fn timing(&self) -> Option<String> {
+        let schedule = self.schedule.as_deref().filter(|schedule| !schedule.is_empty())?;
+        let zone = self.time_zone.as_deref().filter(|zone| !zone.is_empty()).unwrap_or("UTC");
+        let spread = self.spread.as_ref().map_or_else(String::new, |spread| format!(", spread {spread:?}"));
+        Some(format!("{schedule} ({zone}{spread})"))
     }
 
     /// The snapshot class that the user names, in either spelling.
@@ -371,7 +380,11 @@ pub struct StatefulSetBackupStatus {
     /// The time of the newest complete recovery point that a run made.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_successful_time: Option<MicroTime>,
-    /// The newest scheduled time that was dealt with: a run was begun for it, or it was missed.
+    /// The schedule that the times below are of, with its zone and spread.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub schedule: Option<String>,
+    /// How far scheduled times are dealt with: the newest one that a run was begun for or that was missed, or when the
+    /// schedule was written or no longer suspended.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_schedule_time: Option<Time>,
     /// When the next scheduled run begins; absent without a schedule, and while suspended.

@@ -27,6 +27,8 @@ pub const HOOK_PROFILE_NOT_FOUND: &str = "HookProfileNotFound";
 pub const INVALID_SELECTOR: &str = "InvalidSelector";
 /// A reason: an object that is not the policy's has the name of one of its backups.
 pub const NAME_TAKEN: &str = "NameTaken";
+/// A reason: an earlier backup is still to go.
+pub const WAITING: &str = "Waiting";
 /// A reason: the agent that ran the hooks was stopped, or died.
 pub const INTERRUPTED: &str = "Interrupted";
 /// A reason: the object was deleted.

@@ -34,6 +34,8 @@ pub struct Protection<'a> {
     pub set: SetName<'a>,
     /// It begins no runs.
     pub suspended: bool,
+    /// Runs begin by themselves. Without a schedule nobody knows whether another one ever comes.
+    pub scheduled: bool,
     /// The time of its newest complete recovery point.
     pub newest: Option<Timestamp>,
 }
@@ -46,8 +48,28 @@ impl<'a> Protection<'a> {
         Self {
             set: SetName { namespace: target.namespace_or(namespace), name: &target.name },
             suspended: backup.spec.suspend,
+            scheduled: backup.spec.schedule.is_some(),
             newest: backup.status.as_ref().and_then(newest_complete),
         }
+    }
+
+    /// Whether it begins no runs by itself.
+    #[must_use]
+    pub fn is_idle(&self) -> bool {
+        self.suspended || !self.scheduled
+    }
+
+    /// Whether it protects: runs may be suspended or asked for, but what nobody schedules counts only as long as it
+    /// meets an RPO.
+    #[must_use]
+    pub fn protects(&self, rpo: Option<Duration>, now: Timestamp) -> bool {
+        !self.suspended && (self.scheduled || rpo.is_some_and(|rpo| self.meets(rpo, now)))
+    }
+
+    /// Whether its newest complete recovery point is no older than an RPO.
+    #[must_use]
+    pub fn meets(&self, rpo: Duration, now: Timestamp) -> bool {
+        self.newest.is_some_and(|newest| overdue_at(newest, rpo).is_none_or(|due| now < due))
     }
 }
 
@@ -62,7 +84,7 @@ pub fn newest_complete(status: &StatefulSetBackupStatus) -> Option<Timestamp> {
 pub struct Coverage<'a> {
     /// How many `StatefulSets` are to be protected.
     pub sets: usize,
-    /// Those that no backup names, or only suspended ones.
+    /// Those that no backup names, or only ones that are suspended, or have no schedule and do not meet the RPO.
     pub unprotected: Vec<SetName<'a>>,
     /// Those that exist for longer than the RPO and have no complete recovery point that is younger.
     pub overdue: Vec<SetName<'a>>,
@@ -82,7 +104,7 @@ pub fn coverage<'a>(
     let mut known: HashMap<SetName<'a>, (bool, Option<Timestamp>)> = HashMap::new();
     for backup in backups {
         let (active, newest) = known.entry(backup.set).or_default();
-        *active |= !backup.suspended;
+        *active |= backup.protects(rpo, now);
         // Points of a suspended backup are as good as others.
         *newest = (*newest).max(backup.newest);
     }
@@ -132,7 +154,7 @@ mod tests {
     }
 
     fn backup(name: &str, newest: Option<i64>) -> Protection<'_> {
-        Protection { set: named(name), suspended: false, newest: newest.map(hour) }
+        Protection { set: named(name), suspended: false, scheduled: true, newest: newest.map(hour) }
     }
 
     fn overdue(sets: &[Protectee<'_>], backups: &[Protection<'_>]) -> (usize, usize, Option<Timestamp>) {
@@ -160,6 +182,19 @@ mod tests {
         let suspended = Protection { suspended: true, ..backup("db", Some(90)) };
         assert_eq!(overdue(&[set("db", 0)], &[suspended]), (1, 0, Some(hour(114))));
         assert_eq!(overdue(&[set("db", 0)], &[suspended, backup("db", None)]), (0, 0, Some(hour(114))));
+    }
+
+    #[test]
+    fn a_backup_without_a_schedule_protects_only_while_it_meets_the_rpo() {
+        let unscheduled = |newest| Protection { scheduled: false, ..backup("db", newest) };
+        assert_eq!(overdue(&[set("db", 0)], &[unscheduled(Some(77))]), (0, 0, Some(hour(101))));
+        assert_eq!(overdue(&[set("db", 0)], &[unscheduled(Some(76))]), (1, 1, None));
+        assert_eq!(overdue(&[set("db", 90)], &[unscheduled(None)]), (1, 0, Some(hour(114))));
+        let suspended = Protection { suspended: true, ..unscheduled(Some(99)) };
+        assert_eq!(overdue(&[set("db", 0)], &[suspended]).0, 1);
+        let found = coverage([set("db", 0)], [unscheduled(Some(99))], None, hour(100));
+        assert_eq!(found.unprotected, [named("db")], "without an RPO nothing tells whether it is old");
+        assert_eq!(overdue(&[set("db", 0)], &[unscheduled(Some(76)), backup("db", None)]).0, 0);
     }
 
     #[test]

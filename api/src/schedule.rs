@@ -183,6 +183,13 @@ impl Timetable {
         Some(Duration::from_secs((self.next(next)? - next).unsigned_abs()))
     }
 
+    /// When the first run after a time begins by itself: a slot, plus the offset.
+    #[must_use]
+    pub fn after(&self, time: Timestamp) -> Option<Timestamp> {
+        let slot = self.next(time.as_second().saturating_sub(self.offset))?;
+        Some(timestamp(slot.saturating_add(self.offset)))
+    }
+
     /// The smallest time between two slots, by the wall clock; none: there is at most one.
     #[must_use]
     pub fn smallest_gap(&self) -> Option<Duration> {

@@ -67,7 +67,10 @@ impl Context {
 
     /// Lets a run freeze, or says what it waits for.
     pub(super) fn admit(&self, backup: &StatefulSetBackup, run: &CurrentRun) -> Result<(), String> {
-        self.queue().enter(&ObjectRef::from_obj(backup), run)
+        let mut queue = self.queue();
+        // One that is gone without a trace holds nothing.
+        queue.retain(|other| self.backups.get(other).is_some());
+        queue.enter(&ObjectRef::from_obj(backup), run)
     }
 
     /// The queue; no task that holds it can fail in between.

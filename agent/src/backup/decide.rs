@@ -11,7 +11,7 @@ use std::time::Duration;
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime;
 use kube::ResourceExt;
-use sts_backup_api::backup::{Hook, OnError};
+use sts_backup_api::backup::{Hook, OnError, StatefulSetBackupStatus};
 use sts_backup_api::conditions::{DELETED, INTERRUPTED, NAMESPACE_NOT_GRANTED, STATEFUL_SET_NOT_FOUND};
 use sts_backup_api::names::RUN_LABEL;
 use sts_backup_api::points::{is_cut, is_in_use, is_ready, recovery_points};
@@ -52,8 +52,8 @@ pub(super) enum BackupStep {
     Skip { missed: Missed, why: Skipped },
     /// Write down that a request is not honoured: the backup is suspended.
     RefuseRequest,
-    /// Delete recovery points that no rule keeps.
-    Prune(Vec<Pruned>),
+    /// Delete a recovery point that no rule keeps. One at a time: what was looked at before must not decide what goes.
+    Prune(Pruned),
     /// Write down what is owed to the pods, then freeze, cut and thaw.
     Freeze(CurrentRun),
     /// Write down how far the run is.
@@ -167,13 +167,15 @@ fn without_run(facts: &BackupFacts, now: Timestamp) -> BackupStep {
         Target::Missing => return idle(Idle::NoStatefulSet),
         Target::Unread | Target::Exists | Target::Read(_) => {}
     }
+    if facts.spec.suspend && requested(facts).is_some() {
+        return BackupStep::RefuseRequest;
+    }
     let Due { slot, missed } = match due(facts, now) {
         Ok(due) => due,
         Err(err) => return idle(Idle::InvalidSchedule(err.to_string())),
     };
     if facts.spec.suspend {
-        let refused = requested(facts).is_some();
-        return if refused { BackupStep::RefuseRequest } else { idle(Idle::Suspended) };
+        return idle(Idle::Suspended);
     }
     if let Some(slot) = slot {
         return match &facts.busy_with {
@@ -188,32 +190,40 @@ fn without_run(facts: &BackupFacts, now: Timestamp) -> BackupStep {
     if missed.latest.is_some() {
         return BackupStep::Skip { missed, why: Skipped::TooLate };
     }
-    let pruned = pruned(facts, now);
-    if pruned.is_empty() { idle(Idle::NothingDue) } else { BackupStep::Prune(pruned) }
+    match pruned(facts, now) {
+        Some(point) if !facts.is_pruning_refused => BackupStep::Prune(point),
+        Some(_) | None => idle(Idle::NothingDue),
+    }
 }
 
-/// The recovery points that go.
-fn pruned(facts: &BackupFacts, now: Timestamp) -> Vec<Pruned> {
-    let (Some(snapshots), Ok(zone)) = (&facts.snapshots, time_zone(facts.spec.time_zone.as_deref())) else {
-        return Vec::new();
-    };
+/// The oldest recovery point that goes.
+fn pruned(facts: &BackupFacts, now: Timestamp) -> Option<Pruned> {
+    let zone = time_zone(facts.spec.time_zone.as_deref()).ok()?;
+    let snapshots = facts.snapshots.as_ref()?;
     let points = points_of(snapshots, &facts.status.history);
     let in_use = snapshots.iter().filter(|snapshot| is_in_use(snapshot));
     let in_use: BTreeSet<_> =
         in_use.filter_map(|snapshot| Some(RunId::from(snapshot.labels().get(RUN_LABEL)?.clone()))).collect();
     let verdicts = judge(facts.spec.retention_policy.as_ref(), &zone, &points, &in_use, now);
     let goes = points.iter().zip(verdicts).filter(|(_, verdict)| !verdict.keep);
-    let pruned = goes.map(|(point, verdict)| {
-        let members = facts.snapshots_of(&point.id);
-        let members = members.iter().filter(|(_, snapshot)| snapshot.metadata.deletion_timestamp.is_none());
-        let doomed = members.map(|(name, snapshot)| Doomed {
-            name: (*name).to_owned(),
-            uid: snapshot.uid(),
-            resource_version: snapshot.resource_version(),
-        });
-        Pruned { point: point.id.clone(), why: verdict.why.to_string(), snapshots: doomed.collect() }
+    let (point, verdict) = goes.filter(|(point, _)| !is_damaged(facts, point)).last()?;
+    let members = facts.snapshots_of(&point.id);
+    let members = members.iter().filter(|(_, snapshot)| snapshot.metadata.deletion_timestamp.is_none());
+    let doomed = members.map(|(name, snapshot)| Doomed {
+        name: (*name).to_owned(),
+        uid: snapshot.uid(),
+        resource_version: snapshot.resource_version(),
     });
-    pruned.collect()
+    Some(Pruned { point: point.id.clone(), why: verdict.why.to_string(), snapshots: doomed.collect() })
+}
+
+/// Whether a point was complete and no longer is, as far as the status knows. What is left of it is no leftover of a failed
+/// run: it may become complete again, as when contents are restored after their snapshots, or be all that is left.
+fn is_damaged(facts: &BackupFacts, point: &RecoveryPoint) -> bool {
+    let StatefulSetBackupStatus { recovery_points, history, .. } = &facts.status;
+    let was_complete = recovery_points.iter().any(|known| known.id == point.id && known.complete)
+        || history.iter().any(|run| run.id == point.id && run.result == RunResult::Completed);
+    was_complete && !point.complete
 }
 
 /// The points that snapshots amount to. A snapshot that was created for a run just before its agent died can appear
@@ -295,6 +305,9 @@ fn said(problems: &[Problem]) -> String {
 /// The frozen section of this run was begun, and this process does not run it: its process died, or stopped.
 fn after_interruption(facts: &BackupFacts, run: &CurrentRun) -> BackupStep {
     let may_be_frozen = run.pods.iter().any(|pod| pod.freeze_container.is_some());
+    if let Target::NotGranted = facts.target {
+        return fail(run, NAMESPACE_NOT_GRANTED, &not_granted(facts));
+    }
     if !may_be_frozen && !facts.deleting {
         // Nothing was frozen, and every cut has its name: going on is no second attempt.
         return BackupStep::Freeze(run.clone());
@@ -387,7 +400,9 @@ fn clean_up(facts: &BackupFacts, run: &CurrentRun, now: Timestamp) -> BackupStep
     // Nothing was created before the frozen section.
     let volumes = run.volumes.iter().filter(|_| run.frozen_since.is_some());
     let (kept, doomed): (Vec<_>, Vec<_>) = volumes.partition(|volume| is_kept(volume));
-    let doomed = doomed.into_iter().map(|volume| volume.snapshot.clone()).collect();
+    // Only what carries the run's label, whatever the status says.
+    let doomed = doomed.into_iter().filter(|volume| snapshots.contains_key(volume.snapshot.as_str()));
+    let doomed = doomed.map(|volume| volume.snapshot.clone()).collect();
     let kept_volumes = i32::try_from(kept.len()).ok();
     BackupStep::CleanUp { doomed, record: RunRecord { kept_volumes, ..failed(run, now) } }
 }

@@ -4,12 +4,19 @@
 //! has come. Nobody is surprised by a run: times that passed while the backup was suspended, or before the schedule was
 //! written, do not count.
 
+use std::time::Duration;
+
 use jiff::Timestamp;
 use sts_backup_api::backup::{Phase, StatefulSetBackupStatus};
+use sts_backup_api::points::recovery_points;
 use sts_backup_api::run::{Slot, request_key};
 use sts_backup_api::schedule::{Look, ScheduleError, Timetable};
 
+use super::decide::later;
 use super::observe::BackupFacts;
+
+/// How far ahead of the clock a time may be that this or another replica's clock wrote.
+const WRONG_CLOCK: Duration = Duration::from_hours(1);
 
 /// What a backup is due.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -31,25 +38,26 @@ pub(super) struct Missed {
 /// What a backup without a run is due. A request comes first, and on a new object it also counts as the run at its
 /// creation.
 pub(super) fn due(facts: &BackupFacts, now: Timestamp) -> Result<Due, ScheduleError> {
-    let look = look(facts, now)?;
-    let status = &facts.status;
-    let again = || {
-        let last = status.history.first()?;
-        // Not once a later time was dealt with: what is due is newer then, or was not wanted any more.
-        let is_newest = status.last_schedule_time.as_ref().is_none_or(|time| time.0 <= last.started.0);
-        last.next_attempt().filter(|_| is_newest)
-    };
-    if let Some(slot) = requested(facts).map(Slot::request).or_else(again) {
+    if let Some(slot) = requested(facts).map(Slot::request).or_else(|| interrupted(facts, now)) {
         return Ok(Due { slot: Some(slot), missed: Missed::default() });
     }
-    let Some(Look { due, missed, latest, .. }) = look else {
-        // The original wrote the time of its own run at creation.
-        let has_begun = status.last_backup_time.is_some() || status.last_schedule_time.is_some();
-        let is_new = status.history.is_empty() && !has_begun && !has_schedule(facts);
-        let slot = is_new.then(|| Slot::creation(facts.created));
-        return Ok(Due { slot, missed: Missed::default() });
-    };
-    Ok(Due { slot: due.map(Slot::schedule), missed: Missed { count: missed, latest } })
+    if let Some(Look { due, missed, latest, .. }) = look(facts, now)? {
+        return Ok(Due { slot: due.map(Slot::schedule), missed: Missed { count: missed, latest } });
+    }
+    let status = &facts.status;
+    // The original wrote the time of its own run at creation.
+    let has_begun = status.last_backup_time.is_some() || status.last_schedule_time.is_some();
+    let is_new = status.history.is_empty() && !has_begun && !begins_anew(facts);
+    let slot = (is_new && facts.spec.timing().is_none()).then(|| Slot::creation(facts.created));
+    Ok(Due { slot, missed: Missed::default() })
+}
+
+/// The next attempt at a run that was interrupted. Not once a later time was dealt with: what is due is newer then, or is
+/// not wanted any more.
+fn interrupted(facts: &BackupFacts, now: Timestamp) -> Option<Slot> {
+    let last = facts.status.history.first()?;
+    let dealt_with = if begins_anew(facts) { Some(now) } else { last_time(facts) };
+    last.next_attempt().filter(|_| dealt_with.is_none_or(|time| time <= last.started.0))
 }
 
 /// The scheduled times that have passed while a run is under way: they get none.
@@ -75,33 +83,35 @@ fn look(facts: &BackupFacts, now: Timestamp) -> Result<Option<Look>, ScheduleErr
     Ok(timetable.filter(|_| !facts.spec.suspend).map(|timetable| timetable.look(since(facts, now), now)))
 }
 
-fn has_schedule(facts: &BackupFacts) -> bool {
-    facts.spec.schedule.as_deref().is_some_and(|schedule| !schedule.is_empty())
-}
-
 /// From when on scheduled times count.
 fn since(facts: &BackupFacts, now: Timestamp) -> Timestamp {
-    if begins_anew(facts, now) {
+    if begins_anew(facts) {
         return now;
     }
-    let StatefulSetBackupStatus { last_schedule_time, last_backup_time, history, .. } = &facts.status;
-    let of_original = last_backup_time.as_ref().filter(|_| history.is_empty()).map(|time| time.0);
-    last_schedule_time.as_ref().map(|time| time.0).or(of_original).unwrap_or(facts.created)
+    let StatefulSetBackupStatus { last_backup_time, history, current_run, .. } = &facts.status;
+    let since = last_time(facts).unwrap_or_else(|| {
+        if !history.is_empty() || current_run.is_some() {
+            return facts.created;
+        }
+        // The status is new, or was lost, or is the original's.
+        let of_original = last_backup_time.as_ref().map(|time| time.0);
+        let points = recovery_points(facts.snapshots.iter().flatten());
+        let newest = points.first().map(|point| point.time.0).max(of_original);
+        newest.map_or(facts.created, |newest| newest.max(facts.created))
+    });
+    // A time that is far ahead was written by a clock that was.
+    if since > later(now, WRONG_CLOCK) { now } else { since }
 }
 
-/// Whether scheduled times count from this moment on: the schedule was suspended until now, or is a new one. A run that was
-/// announced and has become due meanwhile is not forgotten over that.
-pub(super) fn begins_anew(facts: &BackupFacts, now: Timestamp) -> bool {
-    let status = &facts.status;
-    if facts.spec.suspend {
-        return false;
-    }
-    if status.phase == Some(Phase::Suspended) {
-        return true;
-    }
-    let is_edited = status.observed_generation.is_some_and(|seen| Some(seen) != facts.generation);
-    let is_announced = status.next_schedule_time.as_ref().is_some_and(|next| next.0 <= now);
-    is_edited && !is_announced && has_schedule(facts)
+fn last_time(facts: &BackupFacts) -> Option<Timestamp> {
+    facts.status.last_schedule_time.as_ref().map(|time| time.0)
+}
+
+/// Whether scheduled times count from this moment on: the schedule was suspended until now, or is another one.
+pub(super) fn begins_anew(facts: &BackupFacts) -> bool {
+    let StatefulSetBackupStatus { phase, observed_generation, schedule, .. } = &facts.status;
+    let is_changed = observed_generation.is_some() && *schedule != facts.spec.timing();
+    !facts.spec.suspend && (*phase == Some(Phase::Suspended) || is_changed)
 }
 
 #[cfg(test)]

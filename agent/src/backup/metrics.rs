@@ -23,12 +23,16 @@ use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use sts_backup_api::backup::StatefulSetBackup;
 use sts_backup_api::conditions::{self, READY, THAWED};
+use sts_backup_api::coverage::newest_complete;
 use sts_backup_api::run::{RunRecord, RunResult};
 use sts_backup_api::schedule::Timetable;
 
 use super::status::{THAW_FAILED, THAW_GIVEN_UP};
 use crate::clock;
 use crate::metrics::Metrics;
+
+/// How long the run that begins at the last moment may take before its backup is overdue.
+const SLACK: Duration = Duration::from_mins(15);
 
 /// One backup.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, EncodeLabelSet)]
@@ -181,6 +185,13 @@ impl Collector for Scrape {
             "sts_backup_expected_interval_seconds",
             "From one scheduled run to the next, about now: the longer one of the passing and the next interval",
             |backup| expected_interval(backup, now),
+        )?;
+        gauge(
+            &mut encoder,
+            &backups,
+            "sts_backup_next_success_deadline_timestamp_seconds",
+            "When a scheduled backup is overdue: 15 minutes after the second run that is scheduled after the last success",
+            |backup| deadline(backup, now),
         )
     }
 }
@@ -224,7 +235,7 @@ fn missed_runs(encoder: &mut DescriptorEncoder<'_>, backups: &[Labelled<'_>]) ->
 
 type Gauge = (&'static str, &'static str, fn(&StatefulSetBackup) -> Option<f64>);
 
-const GAUGES: [Gauge; 10] = [
+const GAUGES: [Gauge; 11] = [
     ("sts_backup_created_timestamp_seconds", "When the object was created", created),
     ("sts_backup_suspended", "1: no further runs are begun, as the spec says", suspended),
     ("sts_backup_ready", "1: the spec can be used; 0: it cannot, or the last preflight refused", usable),
@@ -236,7 +247,7 @@ const GAUGES: [Gauge; 10] = [
     ),
     (
         "sts_backup_last_successful_timestamp_seconds",
-        "The time of the newest complete recovery point that a run made",
+        "The time of the newest complete recovery point that a run made, be it there or not",
         last_success,
     ),
     (
@@ -251,6 +262,11 @@ const GAUGES: [Gauge; 10] = [
         thaw_failed,
     ),
     ("sts_backup_recovery_points", "Complete recovery points", points),
+    (
+        "sts_backup_newest_point_timestamp_seconds",
+        "The time of the newest complete recovery point that there is",
+        newest_point,
+    ),
 ];
 
 fn gauge(
@@ -293,6 +309,18 @@ fn expected_interval(backup: &StatefulSetBackup, now: Timestamp) -> Option<f64> 
     Some(passing.max(Some(table.interval(now)?))?.as_secs_f64())
 }
 
+/// One run may fail, or be long under way: a backup is overdue when the second one after the last success has not
+/// succeeded either. That takes the slots themselves: the gaps between them differ.
+fn deadline(backup: &StatefulSetBackup, now: Timestamp) -> Option<f64> {
+    let table = Timetable::of(&backup.spec, &backup.uid()?).ok()??;
+    let success = backup.status.as_ref().and_then(|status| status.last_successful_time.as_ref());
+    let since =
+        success.map(|time| time.0).or(backup.metadata.creation_timestamp.as_ref().map(|time| time.0))?;
+    // It is in the future when the clock was put back: then nothing is known of what came since.
+    let second = table.after(table.after(since.min(now))?)?;
+    Some(seconds(second.checked_add(SLACK).ok()?.as_millisecond()))
+}
+
 fn usable(backup: &StatefulSetBackup) -> Option<f64> {
     let ready = conditions::find(&backup.status.as_ref()?.conditions, READY)?;
     Some(flag(ready.status == "True"))
@@ -333,6 +361,10 @@ fn thaw_failed(backup: &StatefulSetBackup) -> Option<f64> {
 #[expect(clippy::cast_precision_loss, reason = "a count of objects is small")]
 fn points(backup: &StatefulSetBackup) -> Option<f64> {
     Some(backup.status.as_ref()?.recovery_point_count as f64)
+}
+
+fn newest_point(backup: &StatefulSetBackup) -> Option<f64> {
+    Some(seconds(newest_complete(backup.status.as_ref()?)?.as_millisecond()))
 }
 
 #[cfg(test)]
@@ -421,6 +453,11 @@ mod tests {
             "missedRuns": 3,
             "lastSuccessfulTime": "2026-01-02T03:04:05.500000Z",
             "recoveryPointCount": 7,
+            "recoveryPoints": [
+                point("2026-01-02T04:00:00.000000Z", false),
+                point("2026-01-02T03:00:00.250000Z", true),
+                point("2026-01-02T02:00:00.000000Z", true),
+            ],
             "history": [record("PartiallyFailed", Some(1500)), record("Completed", None)],
         });
         let spec = json!({ "suspend": true, "maxFreezeSeconds": 60, "schedule": "@hourly" });
@@ -439,9 +476,18 @@ mod tests {
                 "sts_backup_max_freeze_seconds 60.0",
                 "sts_backup_thaw_failed 1.0",
                 "sts_backup_recovery_points 7.0",
+                "sts_backup_newest_point_timestamp_seconds 1767322800.25",
                 "sts_backup_expected_interval_seconds 3600.0",
+                "sts_backup_next_success_deadline_timestamp_seconds 1767330900.0",
             ]
         );
+    }
+
+    fn point(time: &str, complete: bool) -> Value {
+        json!({
+            "id": time, "time": time, "complete": complete, "readyVolumes": 1, "expectedVolumes": 2,
+            "replicas": 1, "consistency": "Application", "sizeBytes": 1, "hold": false,
+        })
     }
 
     fn condition(type_: &str, status: &str, reason: &str) -> Value {
@@ -481,6 +527,56 @@ mod tests {
         for schedule in [None, Some("not a schedule")] {
             let backup = backup("db", &json!({ "schedule": schedule }), None);
             assert_eq!(expected_interval(&backup, "2026-01-07T12:00:00Z".parse().unwrap()), None);
+        }
+    }
+
+    #[test]
+    fn a_backup_is_overdue_after_the_second_run_that_followed_the_last_success() {
+        let (days, hours) = ("0 9 * * 1-5", "*/5 9-17 * * *");
+        // 2026-01-09 is a Friday.
+        for (schedule, success, latest, now, deadline) in [
+            // Never a success: since the creation, which is a Thursday's midnight.
+            (days, None, None, "2026-01-01T12:00:00Z", "2026-01-02T09:15:00Z"),
+            // The newest slot is that of the run under way, or of one that failed: no matter.
+            (
+                days,
+                Some("2026-01-09T09:00:05.000000Z"),
+                Some("2026-01-12T09:00:00Z"),
+                "2026-01-12T09:01:00Z",
+                "2026-01-13T09:15:00Z",
+            ),
+            (
+                days,
+                Some("2026-01-08T09:00:05.000000Z"),
+                Some("2026-01-09T09:00:00Z"),
+                "2026-01-11T12:00:00Z",
+                "2026-01-12T09:15:00Z",
+            ),
+            (
+                hours,
+                Some("2026-01-08T17:55:02.000000Z"),
+                Some("2026-01-09T09:00:00Z"),
+                "2026-01-09T09:00:01Z",
+                "2026-01-09T09:20:00Z",
+            ),
+            (
+                hours,
+                Some("2026-01-09T09:00:02.000000Z"),
+                Some("2026-01-09T11:00:00Z"),
+                "2026-01-09T11:00:01Z",
+                "2026-01-09T09:25:00Z",
+            ),
+            // The clock was put back.
+            (days, Some("2027-01-01T09:00:05.000000Z"), None, "2026-01-07T12:00:00Z", "2026-01-09T09:15:00Z"),
+        ] {
+            let status = json!({ "lastSuccessfulTime": success, "lastScheduleTime": latest });
+            let backup = backup("db", &json!({ "schedule": schedule }), Some(&status));
+            let expected = seconds(deadline.parse::<Timestamp>().unwrap().as_millisecond());
+            assert_eq!(super::deadline(&backup, now.parse().unwrap()), Some(expected), "{deadline}");
+        }
+        for schedule in [None, Some("not a schedule")] {
+            let backup = backup("db", &json!({ "schedule": schedule }), None);
+            assert_eq!(deadline(&backup, "2026-01-07T12:00:00Z".parse().unwrap()), None);
         }
     }
 

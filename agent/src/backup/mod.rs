@@ -52,7 +52,7 @@ use self::metrics::BackupMetrics;
 use self::observe::{BackupFacts, observe};
 use self::queue::Queue;
 use self::section::Section;
-use self::status::{damaged, next_status, note};
+use self::status::{damaged, next_status, notes};
 use self::tasks::spawn_section;
 use self::triggers::{grant_changes, snapshot_changes, stateful_set_changes};
 use crate::{app, clock, telemetry};
@@ -90,7 +90,7 @@ pub(crate) async fn run(app: app::Context, stop: CancellationToken) {
     if stop.run_until_cancelled(resume(&cx, &backups)).await.is_some() {
         controller
             .with_config(ControllerConfig::default().concurrency(config.concurrent_reconciles))
-            .reconcile_on(snapshot_changes(client.clone()))
+            .reconcile_on(snapshot_changes(client.clone(), store.clone()))
             .reconcile_on(stateful_set_changes(client.clone(), store.clone()))
             .reconcile_on(grant_changes(client, store))
             .reconcile_on(UnboundedReceiverStream::new(woken))
@@ -169,13 +169,19 @@ async fn next_steps(cached: &StatefulSetBackup, cx: &Arc<Context>) -> Result<Act
         cx.vacate(cached);
         return Ok(Action::await_change());
     };
+    let mut is_pruning_refused = false;
     loop {
         if cx.stop.is_cancelled() || !cx.leadership.is_held() {
             return Ok(Action::await_change());
         }
         let is_idle = backup.status.as_ref().is_none_or(|status| status.current_run.is_none());
+        if is_idle {
+            // Also where the end of its run was written down, and the answer lost.
+            cx.vacate(&backup);
+        }
         let busy_with = if is_idle { cx.busy_with(&backup) } else { None };
         let facts = observe(&cx.client, &backup, is_in_section(), busy_with).await?;
+        let facts = BackupFacts { is_pruning_refused, ..facts };
         let now = clock::now();
         let step = next_backup_step(&facts, now);
         debug!(?step, "decided");
@@ -216,7 +222,7 @@ async fn next_steps(cached: &StatefulSetBackup, cx: &Arc<Context>) -> Result<Act
                 perform::delete_snapshots(&cx.client, facts.target_namespace(), late).await?;
                 warn!(snapshots = late.len(), "snapshots that came after their run had failed are deleted");
             }
-            BackupStep::Prune(points) => prune(cx, &backup, &facts, points).await?,
+            BackupStep::Prune(point) => is_pruning_refused = !prune(cx, &backup, &facts, point).await,
             BackupStep::Freeze(run) => {
                 if let Err(limit) = cx.admit(&backup, run) {
                     let step = BackupStep::Wait { why: Wait::NoRoom { limit }, until: None };
@@ -263,20 +269,24 @@ async fn next_steps(cached: &StatefulSetBackup, cx: &Arc<Context>) -> Result<Act
     }
 }
 
-/// Deletes recovery points, one after the other, so that a crash leaves at most one in part.
-async fn prune(
-    cx: &Context,
-    backup: &StatefulSetBackup,
-    facts: &BackupFacts,
-    points: &[Pruned],
-) -> Result<()> {
-    for point in points {
-        crash_point!("before-prune");
-        perform::prune(&cx.client, facts.target_namespace(), &point.snapshots).await?;
-        info!(point = %point.point, why = point.why, "recovery point pruned");
-        cx.publish(backup, status::pruned(point));
+/// Deletes a recovery point; whether that is done. Other work does not wait for what is refused.
+async fn prune(cx: &Context, backup: &StatefulSetBackup, facts: &BackupFacts, point: &Pruned) -> bool {
+    crash_point!("before-prune");
+    match perform::prune(&cx.client, facts.target_namespace(), &point.snapshots).await {
+        Ok(()) => {
+            info!(point = %point.point, why = point.why, "recovery point pruned");
+            cx.publish(backup, status::pruned(point));
+            true
+        }
+        Err(err) => {
+            let why = telemetry::chain(&err);
+            warn!(point = %point.point, error = why, "recovery point not pruned");
+            if !err.is_conflict() && !err.is_transient() {
+                cx.publish(backup, status::not_pruned(point, &why));
+            }
+            false
+        }
     }
-    Ok(())
 }
 
 /// Looks again when the next scheduled run begins, or at `until`, and at the latest when nothing has happened for long.
@@ -322,7 +332,7 @@ fn said(
     step: &BackupStep,
     status: &StatefulSetBackupStatus,
 ) {
-    for note in note(facts, step).into_iter().chain(damaged(&facts.status, status)) {
+    for note in notes(facts, step).chain(damaged(&facts.status, status)) {
         cx.publish(backup, note);
     }
     match step {

@@ -14,7 +14,7 @@ use kube::{Api, Client, ResourceExt};
 use sts_backup_api::backup::{StatefulSetBackup, StatefulSetBackupSpec, StatefulSetBackupStatus};
 use sts_backup_api::names::{
     ALLOW_BACKUP_FROM_ANNOTATION, BACKUP_LABEL, BACKUP_NAMESPACE_LABEL, CLAIM_MANIFEST_ANNOTATION,
-    REQUESTED_AT_ANNOTATION, RUN_FINALIZER, RUN_LABEL,
+    REQUESTED_AT_ANNOTATION, RUN_FINALIZER, RUN_LABEL, STATEFUL_SET_LABEL,
 };
 use sts_backup_api::run::{RunId, RunStep};
 use sts_backup_api::snapshot::{DEFAULT_CLASS_ANNOTATION, VolumeSnapshot, VolumeSnapshotClass};
@@ -44,6 +44,8 @@ pub(super) struct BackupFacts {
     pub(super) target: Target,
     /// The name of another backup that has a run of the same `StatefulSet`.
     pub(super) busy_with: Option<String>,
+    /// A recovery point could not be deleted just now.
+    pub(super) is_pruning_refused: bool,
     /// The snapshots of all runs of this backup; none where they were not looked at.
     pub(super) snapshots: Option<Vec<VolumeSnapshot>>,
 }
@@ -145,7 +147,9 @@ pub(super) async fn observe(
         let is_granted = async || Ok(home == namespace || is_granted(client, home, &namespace).await?);
         match step {
             _ if deleting || in_section => Ok(Target::Unread),
-            None | Some(RunStep::Preflight) if !is_granted().await? => Ok(Target::NotGranted),
+            None | Some(RunStep::Preflight | RunStep::Frozen) if !is_granted().await? => {
+                Ok(Target::NotGranted)
+            }
             None => find_target(client, home, set).await,
             Some(RunStep::Preflight) => read_target(client, home, set).await,
             Some(RunStep::Frozen | RunStep::Thawing | RunStep::Readying | RunStep::CleaningUp) => {
@@ -158,11 +162,13 @@ pub(super) async fn observe(
             // Nothing else may come between a frozen pod and its thaw.
             Some(RunStep::Frozen | RunStep::Thawing) => Ok(None),
             None | Some(RunStep::Preflight | RunStep::Readying | RunStep::CleaningUp) => {
-                list_snapshots(client, home, (&namespace, &backup.name_any())).await.map(Some)
+                list_snapshots(client, home, (&namespace, &backup.name_any()), set).await.map(Some)
             }
         }
     };
     let (target, snapshots) = tokio::try_join!(target, snapshots)?;
+    // What is in a namespace that does not let us in is not shown, and not touched.
+    let snapshots = snapshots.filter(|_| !matches!(target, Target::NotGranted));
     Ok(BackupFacts {
         uid: backup.uid().unwrap_or_default(),
         generation: backup.metadata.generation,
@@ -175,6 +181,7 @@ pub(super) async fn observe(
         in_section,
         target,
         busy_with,
+        is_pruning_refused: false,
         snapshots,
         namespace,
     })
@@ -193,13 +200,17 @@ pub(crate) fn is_granted_by<K: ResourceExt>(namespace: &K, to: &str) -> bool {
     granted.is_some_and(|granted| granted.split(',').any(|granted| granted.trim() == to))
 }
 
-/// The snapshots in a namespace that carry the labels of a backup, which may be of another one.
+/// The snapshots in a namespace that carry the labels of a backup, which may be of another one. A backup that had the same
+/// name may have been of another `StatefulSet`.
 async fn list_snapshots(
     client: &Client,
     namespace: &str,
     (backup_namespace, backup): (&str, &str),
+    set: &str,
 ) -> Result<Vec<VolumeSnapshot>> {
-    let selector = format!("{BACKUP_LABEL}={backup},{BACKUP_NAMESPACE_LABEL}={backup_namespace},{RUN_LABEL}");
+    let selector = format!(
+        "{BACKUP_LABEL}={backup},{BACKUP_NAMESPACE_LABEL}={backup_namespace},{STATEFUL_SET_LABEL}={set},{RUN_LABEL}"
+    );
     let snapshots: Api<VolumeSnapshot> = Api::namespaced(client.clone(), namespace);
     let listed = snapshots.list(&ListParams::default().labels(&selector)).await;
     let mut listed = listed.map_err(Error::request("list the VolumeSnapshots"))?.items;

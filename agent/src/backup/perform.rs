@@ -152,7 +152,10 @@ pub(super) async fn prune(client: &Client, namespace: &str, doomed: &[Doomed]) -
         let params = DeleteParams { preconditions: Some(preconditions), ..DeleteParams::background() };
         done(snapshots.delete(name, &params).await)
     };
-    stream::iter(doomed).map(delete).buffer_unordered(PARALLEL_DELETIONS).try_collect().await
+    // One first: where somebody holds or uses the point since, it stays whole.
+    let Some((first, others)) = doomed.split_first() else { return Ok(()) };
+    delete(first).await?;
+    stream::iter(others).map(delete).buffer_unordered(PARALLEL_DELETIONS).try_collect().await
 }
 
 fn done<T>(deleted: kube::Result<T>) -> Result<()> {

@@ -42,31 +42,41 @@ impl<Key: Clone + PartialEq> Queue<Key> {
             Some((_, known)) => *known = need,
             None => self.waiting.push((key.clone(), need)),
         }
-        let mut taken = Taken::default();
-        self.inside.iter().for_each(|(_, need)| taken.reserve(need, true));
-        for (ahead, (waiting, need)) in self.waiting.iter().enumerate() {
-            let refused = taken.refuses(self.limits, need);
-            if waiting == key {
-                let Some(limit) = refused else { break };
-                return Err(format!("{}; {ahead} runs are ahead of it", limit.said(self.limits)));
-            }
-            // Who waits for a driver leaves the rest of the cluster to others.
-            taken.reserve(need, !matches!(refused, Some(Limit::Driver(_))));
+        let refused = self.verdicts().find(|(waiting, _)| *waiting == key).and_then(|(_, refused)| refused);
+        if let Some(limit) = refused {
+            return Err(limit.said(self.limits));
         }
         let at = self.waiting.iter().position(|(waiting, _)| waiting == key);
         self.inside.extend(at.map(|at| self.waiting.remove(at)));
         Ok(())
     }
 
-    /// A run is over, or is no longer one. Returns those that may have waited for it, in their order.
+    /// Those that wait, in their order, and what keeps each out if all that can be are let in.
+    fn verdicts(&self) -> impl Iterator<Item = (&Key, Option<Limit>)> {
+        let mut taken = Taken::default();
+        self.inside.iter().for_each(|(_, need)| taken.reserve(need, true));
+        self.waiting.iter().map(move |(waiting, need)| {
+            let refused = taken.refuses(self.limits, need);
+            // Who waits for a driver leaves the rest of the cluster to others.
+            taken.reserve(need, !matches!(refused, Some(Limit::Driver(_))));
+            (waiting, refused)
+        })
+    }
+
+    /// Forgets those that are not to be kept.
+    pub(super) fn retain(&mut self, is_kept: impl Fn(&Key) -> bool) {
+        self.inside.retain(|(key, _)| is_kept(key));
+        self.waiting.retain(|(key, _)| is_kept(key));
+    }
+
+    /// A run is over, or is no longer one. Returns those that can be let in now, in their order.
     pub(super) fn leave(&mut self, key: &Key) -> Vec<Key> {
         let count = self.inside.len() + self.waiting.len();
-        self.inside.retain(|(inside, _)| inside != key);
-        self.waiting.retain(|(waiting, _)| waiting != key);
+        self.retain(|other| other != key);
         if self.inside.len() + self.waiting.len() == count {
             return Vec::new();
         }
-        self.waiting.iter().map(|(waiting, _)| waiting.clone()).collect()
+        self.verdicts().filter(|(_, refused)| refused.is_none()).map(|(waiting, _)| waiting.clone()).collect()
     }
 }
 
@@ -157,12 +167,12 @@ mod tests {
         assert_eq!(queue.enter(&1, &run("a", 3)), Ok(()));
         assert_eq!(
             queue.enter(&2, &run("a", 2)),
-            Err("at most 4 snapshots of the driver a may be under way; 0 runs are ahead of it".to_owned())
+            Err("at most 4 snapshots of the driver a may be under way".to_owned())
         );
         assert_eq!(queue.enter(&3, &run("b", 3)), Ok(()));
         // Smaller, but it came later.
         assert!(queue.enter(&4, &run("a", 1)).is_err());
-        assert_eq!(queue.leave(&3), [2, 4]);
+        assert_eq!(queue.leave(&3), [0; 0]);
         assert!(queue.enter(&2, &run("a", 2)).is_err());
         assert_eq!(queue.leave(&1), [2, 4]);
         assert_eq!((queue.enter(&4, &run("a", 1)), queue.enter(&2, &run("a", 2))), (Ok(()), Ok(())));
@@ -173,10 +183,7 @@ mod tests {
         let mut queue = Queue::new(LIMITS);
         assert_eq!(queue.enter(&1, &run("a", 4)), Ok(()));
         let refused = queue.enter(&2, &run("b", 3));
-        assert_eq!(
-            refused,
-            Err("at most 6 snapshots may be under way in the cluster; 0 runs are ahead of it".to_owned())
-        );
+        assert_eq!(refused, Err("at most 6 snapshots may be under way in the cluster".to_owned()));
         assert!(queue.enter(&3, &run("c", 1)).is_err());
     }
 

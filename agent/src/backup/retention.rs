@@ -1,7 +1,8 @@
 //! Which recovery points stay. Pure: no client, no clock; it deletes nothing.
 //!
 //! A complete point stays if any rule of the retentionPolicy keeps it, if somebody holds or uses it, or if it is the
-//! newest. An incomplete one, which a failed or partial run left, stays for a day or until a newer point is complete.
+//! newest. An incomplete one, which a failed or partial run left, stays for a day or until a newer point is complete, and
+//! for longer while no point is newer.
 //! Without a retentionPolicy, or with an empty one, nothing is ever pruned, not even what a failed run left.
 //!
 //! A point whose time is still to come was made before the agent's clock was set back. It is no newer than the others,
@@ -42,7 +43,7 @@ pub(crate) enum Why {
     KeptBy(Vec<Rule>),
     /// It stays: no complete point is newer.
     NewestComplete,
-    /// It stays: incomplete, but there is no better one.
+    /// It stays: incomplete, but no point with any data is newer.
     BestThereIs,
     /// It stays for the present: incomplete and not a day old.
     StillRecent,
@@ -83,7 +84,7 @@ impl Display for Why {
                 return formatter.write_str(&names.join(", "));
             }
             Self::NewestComplete => "the newest complete one",
-            Self::BestThereIs => "incomplete, but none is complete",
+            Self::BestThereIs => "incomplete, and none is newer",
             Self::StillRecent => "incomplete, less than 24 h old",
             Self::NotCounted => "no rule keeps it",
             Self::Superseded => "incomplete, and a newer one is complete",
@@ -136,11 +137,8 @@ pub(crate) fn judge(
     order.sort_by_key(|&at| Reverse(age_key(&points[at])));
     let complete: Vec<usize> = order.iter().copied().filter(|&at| points[at].complete).collect();
     let newest_complete = complete.first().map(|&at| &points[at]);
-    let best_incomplete = match newest_complete {
-        // The last data of a backup does not go because it could be better.
-        None => order.iter().map(|&at| &points[at]).find(|point| point.ready_volumes > 0),
-        Some(_) => None,
-    };
+    // The newest data of a backup does not go because it could be better.
+    let best_incomplete = order.iter().map(|&at| &points[at]).find(|point| point.ready_volumes > 0);
     let kept_by = kept_by(policy, zone, points, &complete, now);
 
     let why = |(point, rules): (&RecoveryPoint, Vec<Rule>)| {

@@ -102,11 +102,20 @@ fn a_day_of_keep_days_is_24_hours_and_over_when_they_are() {
 #[test]
 fn the_newest_complete_point_stays_however_old_it_is() {
     let policy = policy(|policy| policy.keep_days = Some(1));
-    let points =
-        [incomplete("2026-02-01T00:00:00Z", 1), point("2020-01-02T00:00:00Z"), point("2020-01-01T00:00:00Z")];
+    let points = [
+        incomplete("2026-02-01T00:00:00Z", 1),
+        incomplete("2026-01-01T00:00:00Z", 1),
+        point("2020-01-02T00:00:00Z"),
+        point("2020-01-01T00:00:00Z"),
+    ];
     assert_eq!(
         said(&policy, &TimeZone::UTC, &points, "2026-02-03T00:00:00Z"),
-        ["-incomplete, more than 24 h old", "+the newest complete one", NOT_COUNTED]
+        [
+            "+incomplete, and none is newer",
+            "-incomplete, more than 24 h old",
+            "+the newest complete one",
+            NOT_COUNTED
+        ]
     );
 }
 
@@ -213,7 +222,7 @@ fn while_none_is_complete_the_newest_with_any_data_stays() {
         said(&policy, &TimeZone::UTC, &points, "2026-03-01T00:00:00Z"),
         [
             "-incomplete, more than 24 h old",
-            "+incomplete, but none is complete",
+            "+incomplete, and none is newer",
             "-incomplete, more than 24 h old"
         ]
     );
@@ -375,7 +384,7 @@ fn check(case: &Case) {
         case.points.iter().filter(present).filter(|point| point.complete).max_by_key(|point| age(point));
     assert!(newest.is_none_or(stays), "the newest complete point goes");
     let with_data = case.points.iter().filter(present).filter(|point| point.ready_volumes > 0);
-    let best = with_data.max_by_key(|point| age(point)).filter(|_| newest.is_none());
+    let best = with_data.max_by_key(|point| age(point));
     let kept = plainly_kept(&case.policy, &case.zone, &case.points, case.now);
     for point in &case.points {
         let Verdict { keep, why } = &verdicts[&point.id];

@@ -29,9 +29,10 @@ pub(super) const THAW_GIVEN_UP: &str = "ThawGivenUp";
 /// The status after the step is written down, and before it is done.
 pub(super) fn next_status(facts: &BackupFacts, step: &BackupStep, now: Timestamp) -> StatefulSetBackupStatus {
     let mut status = facts.status.clone();
-    if begins_anew(facts, now) {
+    if begins_anew(facts) {
         status.last_schedule_time = Some(Time(now));
     }
+    status.schedule = facts.spec.timing();
     status.observed_generation = facts.generation;
 
     let points = facts.snapshots.as_ref().map(|snapshots| points_of(snapshots, &status.history));
@@ -267,7 +268,26 @@ fn thaw_state(run: &CurrentRun) -> Option<(bool, &'static str, String)> {
 }
 
 /// The Event that goes with a step, once it is written down.
-pub(super) fn note(facts: &BackupFacts, step: &BackupStep) -> Option<Note> {
+pub(super) fn notes(facts: &BackupFacts, step: &BackupStep) -> impl Iterator<Item = Note> + use<> {
+    note(facts, step).into_iter().chain(missed(step))
+}
+
+/// The Event of scheduled times that got no run.
+fn missed(step: &BackupStep) -> Option<Note> {
+    let (count, latest, why) = match step {
+        BackupStep::Begin { run: _, missed } if *missed > 0 => (*missed, None, &Skipped::TooLate),
+        BackupStep::Skip { missed: Missed { count, latest }, why } => (*count, *latest, why),
+        _ => return None,
+    };
+    let latest = latest.map_or_else(String::new, |latest| format!(", the newest was due at {latest}"));
+    let (reason, why) = match why {
+        Skipped::TooLate => ("RunsMissed", "as none could be in time".to_owned()),
+        Skipped::Overlap(run) => ("RunSkipped", format!("as run {run} was still under way")),
+    };
+    Some(Note::warning(reason, "Skip", format!("{count} scheduled runs are not begun, {why}{latest}")))
+}
+
+fn note(facts: &BackupFacts, step: &BackupStep) -> Option<Note> {
     let failing = |run: &CurrentRun| {
         let was_failing = facts.status.current_run.as_ref().is_some_and(|run| run.failure.is_some());
         run.failure.clone().filter(|_| !was_failing)
@@ -311,19 +331,6 @@ pub(super) fn note(facts: &BackupFacts, step: &BackupStep) -> Option<Note> {
         BackupStep::Idle(Idle::InvalidSchedule(why)) => {
             Some(Note::warning(INVALID_SCHEDULE, "Refuse", why.clone()))
         }
-        BackupStep::Skip { missed: Missed { count, latest }, why } => {
-            let latest =
-                latest.map_or_else(String::new, |latest| format!(", the newest was due at {latest}"));
-            let (reason, why) = match why {
-                Skipped::TooLate => ("RunsMissed", "nobody began them in time".to_owned()),
-                Skipped::Overlap(run) => ("RunSkipped", format!("run {run} was still under way")),
-            };
-            Some(Note::warning(
-                reason,
-                "Skip",
-                format!("{count} scheduled runs are not begun, {why}{latest}"),
-            ))
-        }
         BackupStep::RefuseRequest => {
             let message = "a run was requested, and spec.suspend is true: set it to false, and request again";
             Some(Note::warning("RequestRefused", "Refuse", message.to_owned()))
@@ -331,6 +338,7 @@ pub(super) fn note(facts: &BackupFacts, step: &BackupStep) -> Option<Note> {
         BackupStep::Idle(Idle::NothingDue | Idle::NoStatefulSet | Idle::Suspended)
         | BackupStep::Wait { why: Wait::Section | Wait::Thaw | Wait::Snapshots { trouble: None }, .. }
         | BackupStep::Prune(_)
+        | BackupStep::Skip { .. }
         | BackupStep::AddFinalizer
         | BackupStep::RemoveFinalizer
         | BackupStep::Thaw(_)
@@ -352,6 +360,15 @@ pub(super) fn pruned(point: &Pruned) -> Note {
         "Pruned",
         "Prune",
         format!("recovery point {point}: {why}; {} snapshots deleted", snapshots.len()),
+    )
+}
+
+/// The Event of a recovery point that no rule keeps and that could not be deleted.
+pub(super) fn not_pruned(point: &Pruned, why: &str) -> Note {
+    Note::warning(
+        "PruneFailed",
+        "Prune",
+        format!("recovery point {} is to go and cannot be deleted: {why}", point.point),
     )
 }
 

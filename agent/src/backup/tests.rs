@@ -189,6 +189,7 @@ impl World {
             in_section: false,
             target: Target::Unread,
             busy_with: None,
+            is_pruning_refused: false,
             snapshots: None,
         };
         Self { now: created, facts: Some(facts), exists: true, ..Self::default() }
@@ -247,8 +248,8 @@ impl World {
             | BackupStep::Finish(_)
             | BackupStep::Skip { .. }
             | BackupStep::RefuseRequest => self.write(&step),
-            BackupStep::Prune(points) => {
-                for doomed in points.iter().flat_map(|point| &point.snapshots) {
+            BackupStep::Prune(point) => {
+                for doomed in &point.snapshots {
                     self.snapshots.remove(&doomed.name);
                 }
             }
@@ -487,11 +488,10 @@ impl World {
             Happening::Time(choice) => self.pass_time([1, 30, 61, 121, 3601][usize::from(choice) % 5]),
             Happening::LateCreate(choice) => self.create_late(choice),
             Happening::PrunePart(choice) => {
-                if let (true, BackupStep::Prune(points)) =
+                if let (true, BackupStep::Prune(point)) =
                     (self.exists, next_backup_step(&self.facts(), self.now))
                 {
-                    let doomed: Vec<_> = points.iter().flat_map(|point| &point.snapshots).collect();
-                    let doomed = doomed[usize::from(choice) % doomed.len()].name.clone();
+                    let doomed = point.snapshots[usize::from(choice) % point.snapshots.len()].name.clone();
                     self.snapshots.remove(&doomed);
                 }
             }

@@ -26,12 +26,23 @@ use super::observe::is_granted_by;
 /// The backups whose snapshots change.
 pub(super) fn snapshot_changes(
     client: Client,
+    store: Store<StatefulSetBackup>,
 ) -> impl Stream<Item = ObjectRef<StatefulSetBackup>> + Send + 'static {
     let snapshots: Api<PartialObjectMeta<VolumeSnapshot>> = Api::all(client);
     watcher(snapshots, WatcherConfig::default().labels(RUN_LABEL))
         .default_backoff()
         .touched_objects()
-        .filter_map(|snapshot| ready(snapshot.ok().as_ref().and_then(backup_of)))
+        .filter_map(move |snapshot| {
+            let snapshot = snapshot.ok();
+            let concerned = snapshot.as_ref().and_then(backup_of).filter(|found| {
+                // Labels can be written by anybody.
+                let backup = store.get(found);
+                backup.is_none_or(|backup| {
+                    Some(set_name(&backup).0) == snapshot.as_ref().and_then(ResourceExt::namespace)
+                })
+            });
+            ready(concerned)
+        })
 }
 
 /// The backup whose run took a snapshot.

@@ -17,12 +17,13 @@ Examples:
   kubectl stsbackup list -A                    every backup of the cluster
   kubectl stsbackup run nightly --wait         back up now, and say how it went
   kubectl stsbackup points                     what can be restored in this namespace
+  kubectl stsbackup coverage -A --rpo 24h      what nothing protects, and what is overdue
   kubectl stsbackup retention nightly --dry-run   what would be pruned now, and why
   kubectl stsbackup doctor                     why backups fail, or will
 
 Exit codes:
   0  success
-  1  the command failed, a run failed, or doctor found something broken
+  1  the command failed, a run failed, doctor found something broken, or coverage --fail found a gap
   2  wrong usage, or no such object
   3  a run ended as PartiallyFailed
   4  a wait took longer than --timeout";
@@ -82,6 +83,10 @@ pub(super) enum Command {
     ///
     /// They are read from the VolumeSnapshots themselves, so those of deleted StatefulSetBackups are listed too.
     Points(Points),
+    /// List the StatefulSets: which of them nothing protects, and which are overdue
+    ///
+    /// Those without volumeClaimTemplates are left out: they have nothing to back up.
+    Coverage(Coverage),
     /// Show what the retentionPolicy would prune now, and why
     ///
     /// Changes nothing. The agent prunes by itself, after each run and as time goes by.
@@ -179,6 +184,24 @@ pub(super) struct Points {
     #[arg(short = 'A', long, conflicts_with = "namespace")]
     pub(super) all_namespaces: bool,
     /// How to print them [default: a table]
+    #[arg(short, long, value_enum, value_name = "FORMAT")]
+    pub(super) output: Option<DataFormat>,
+}
+
+/// What `coverage` shows.
+#[derive(Debug, clap::Args)]
+pub(super) struct Coverage {
+    /// In all namespaces
+    #[arg(short = 'A', long, conflicts_with = "namespace")]
+    pub(super) all_namespaces: bool,
+    /// The oldest that a newest complete recovery point may be, such as 24h or 1h30m [default: the rpo of the policy that
+    /// protects the StatefulSet]
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
+    pub(super) rpo: Option<Duration>,
+    /// Exit with 1 when a StatefulSet is unprotected, overdue, or has only suspended backups
+    #[arg(long)]
+    pub(super) fail: bool,
+    /// How to print it [default: a table]
     #[arg(short, long, value_enum, value_name = "FORMAT")]
     pub(super) output: Option<DataFormat>,
 }
@@ -303,6 +326,9 @@ mod tests {
     fn contradictions_are_refused() {
         for line in [
             &["list", "-A", "-n", "shop"][..],
+            &["coverage", "-A", "-n", "shop"],
+            &["coverage", "--rpo", "0s"],
+            &["coverage", "--rpo", "a day"],
             &["doctor", "nightly", "-A"],
             &["run", "nightly", "--timeout", "1m"],
             &["run", "nightly", "-o", "json"],
@@ -324,6 +350,7 @@ mod tests {
             Command::List(_)
             | Command::Describe { .. }
             | Command::Points(_)
+            | Command::Coverage(_)
             | Command::Retention(_)
             | Command::Hold(_)
             | Command::Release(_)

@@ -22,6 +22,7 @@ const PAGE: u32 = 500;
 pub(super) struct Cluster {
     client: Client,
     namespace: String,
+    address: String,
 }
 
 /// Where to look.
@@ -47,7 +48,9 @@ impl Cluster {
     /// As kubectl does: `--kubeconfig`, `$KUBECONFIG`, `~/.kube/config`, and inside a pod its own account.
     pub(super) async fn connect(connection: &Connection) -> Result<Self, Error> {
         let Connection { kubeconfig, context, namespace } = connection;
+        let mut used = context.clone();
         let config = if kubeconfig.is_none() && context.is_none() {
+            used = Kubeconfig::read().ok().and_then(|kubeconfig| kubeconfig.current_context);
             Config::infer().await.map_err(|source| Error::NoCluster { source: Box::new(source) })?
         } else {
             let file = kubeconfig.as_ref().map(|file| file.display().to_string());
@@ -55,17 +58,27 @@ impl Cluster {
             let read = kubeconfig.as_ref().map_or_else(Kubeconfig::read, Kubeconfig::read_from);
             let options = KubeConfigOptions { context: context.clone(), ..KubeConfigOptions::default() };
             let kubeconfig = read.map_err(unusable)?;
+            used = used.or_else(|| kubeconfig.current_context.clone());
             Config::from_custom_kubeconfig(kubeconfig, &options).await.map_err(unusable)?
+        };
+        let address = match used {
+            Some(context) => format!("context {context}, {}", config.cluster_url),
+            None => config.cluster_url.to_string(),
         };
         let namespace = namespace.clone().unwrap_or_else(|| config.default_namespace.clone());
         let client = Client::try_from(config).map_err(|source| Error::Client { source: Box::new(source) })?;
-        Ok(Self { client, namespace })
+        Ok(Self { client, namespace, address })
     }
 
-    /// What answers to `client`.
+    /// One that a test stands in for.
     #[cfg(test)]
-    pub(super) fn of(client: Client) -> Self {
-        Self { client, namespace: "shop".to_owned() }
+    pub(super) fn of(client: Client, namespace: &str) -> Self {
+        Self { client, namespace: namespace.to_owned(), address: "context test".to_owned() }
+    }
+
+    /// Which cluster it is, for people: by the context of the kubeconfig and the API server.
+    pub(super) fn address(&self) -> &str {
+        &self.address
     }
 
     /// The namespace that is meant when none is named.

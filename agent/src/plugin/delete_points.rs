@@ -6,7 +6,7 @@ use futures::{StreamExt, stream};
 use kube::api::{DeleteParams, Preconditions};
 use kube::{Api, ResourceExt};
 use sts_backup_api::points::{is_held, is_in_use};
-use sts_backup_api::run::RecoveryPoint;
+use sts_backup_api::run::{RecoveryPoint, RunId};
 use sts_backup_api::snapshot::VolumeSnapshot;
 
 use super::args::DeletePoints;
@@ -27,7 +27,7 @@ pub(super) async fn delete_points(cluster: &Cluster, which: &DeletePoints) -> Re
     let chosen = chosen(&owned, which)?;
     if !which.yes {
         output::complain(describe_run::points(&chosen, clock::now()).trim_end());
-        if !confirmed(&question(&owned, &chosen))? {
+        if !confirmed(&question(&owned, &chosen, cluster.address()))? {
             return Err(Error::Ended {
                 exit: Exit::Failure,
                 message: "nothing was deleted".to_owned(),
@@ -35,19 +35,14 @@ pub(super) async fn delete_points(cluster: &Cluster, which: &DeletePoints) -> Re
             });
         }
     }
-    // While somebody thought about it a point can have been held, or taken into use.
-    let owned = Owned::read(cluster, &which.name).await?;
     let mut failures = Vec::new();
-    for point in self::chosen(&owned, which)? {
-        let members = owned.members(&point.id);
-        let deleted = stream::iter(&members).map(async |snapshot| delete(cluster, snapshot).await);
-        let deleted: Vec<_> = deleted.buffer_unordered(PARALLEL).collect().await;
-        let failed: Vec<_> = deleted.into_iter().filter_map(Result::err).map(|err| err.brief()).collect();
-        if failed.is_empty() {
-            let snapshots = count(members.len(), "VolumeSnapshot");
-            output::print(&format!("recovery point {} deleted: {snapshots}\n", point.id))?;
-        } else {
-            failures.push(format!("recovery point {}: {}", point.id, failed.join("; ")));
+    for RecoveryPoint { id, .. } in chosen {
+        match delete_point(cluster, which, &id).await {
+            Ok(snapshots) => {
+                let snapshots = count(snapshots, "VolumeSnapshot");
+                output::print(&format!("recovery point {id} deleted: {snapshots}\n"))?;
+            }
+            Err(why) => failures.push(format!("recovery point {id}: {why}")),
         }
     }
     if failures.is_empty() {
@@ -61,6 +56,31 @@ pub(super) async fn delete_points(cluster: &Cluster, which: &DeletePoints) -> Re
             owned.name, owned.namespace
         )),
     })
+}
+
+/// Deletes a point with all of its snapshots, and says how many there were; or why not.
+async fn delete_point(cluster: &Cluster, which: &DeletePoints, id: &RunId) -> Result<usize, String> {
+    for _ in 0..TRIES {
+        // While somebody thought about it, or the point before it was deleted, this one can have been held, or taken into
+        // use.
+        let owned = Owned::read(cluster, &which.name).await.map_err(|err| err.brief())?;
+        let point = owned.point(id.as_str()).map_err(|err| err.brief())?;
+        let refusals = refusals(&owned, &[point], which.force);
+        if !refusals.is_empty() {
+            return Err(refusals.join("; "));
+        }
+        let members = owned.members(id);
+        let Some((first, others)) = members.split_first() else { return Ok(0) };
+        // With one gone the point is incomplete, and nobody takes it into use any more. Until then it stays whole.
+        if !delete_as_seen(cluster, first).await.map_err(|err| err.brief())? {
+            continue;
+        }
+        let deleted = stream::iter(others).map(async |snapshot| delete(cluster, snapshot).await);
+        let deleted: Vec<_> = deleted.buffer_unordered(PARALLEL).collect().await;
+        let failed: Vec<_> = deleted.into_iter().filter_map(Result::err).map(|err| err.brief()).collect();
+        return if failed.is_empty() { Ok(members.len()) } else { Err(failed.join("; ")) };
+    }
+    Err("it changes all the time".to_owned())
 }
 
 /// The points that are named, if all of them may be deleted.
@@ -111,10 +131,10 @@ fn refusals(owned: &Owned, chosen: &[RecoveryPoint], force: bool) -> Vec<String>
     refusals
 }
 
-fn question(owned: &Owned, chosen: &[RecoveryPoint]) -> String {
+fn question(owned: &Owned, chosen: &[RecoveryPoint], cluster: &str) -> String {
     let snapshots = chosen.iter().map(|point| owned.members(&point.id).len()).sum();
     format!(
-        "Delete {} ({}) of {}? [y/N]",
+        "Delete {} ({}) of {} in the cluster of {cluster}? [y/N]",
         count(chosen.len(), "recovery point"),
         count(snapshots, "VolumeSnapshot"),
         owned.full_name()
@@ -145,16 +165,11 @@ fn is_yes(answer: &str) -> bool {
 async fn delete(cluster: &Cluster, snapshot: &VolumeSnapshot) -> Result<(), Error> {
     let (namespace, name) = (snapshot.namespace().unwrap_or_default(), snapshot.name_any());
     let object = format!("VolumeSnapshot {namespace}/{name}");
-    let api: Api<VolumeSnapshot> = cluster.api(&Scope::Namespace(namespace.clone()));
+    let api: Api<VolumeSnapshot> = cluster.api(&Scope::Namespace(namespace));
     let mut seen = snapshot.clone();
     for _ in 0..TRIES {
-        match api.delete(&name, &as_seen(&seen)).await {
-            Ok(_) => return Ok(()),
-            Err(kube::Error::Api(status)) if not_found(&status) => return Ok(()),
-            Err(kube::Error::Api(status)) if status.code == 409 => {}
-            Err(err) => {
-                return Err(Error::of(&format!("delete {object}"), Some((&namespace, &object)), err));
-            }
+        if delete_as_seen(cluster, &seen).await? {
+            return Ok(());
         }
         let found = api.get_opt(&name).await;
         let found = found.map_err(|err| Error::of(&format!("read {object}"), None, err))?;
@@ -168,6 +183,21 @@ async fn delete(cluster: &Cluster, snapshot: &VolumeSnapshot) -> Result<(), Erro
         message: format!("delete {object}: it changes all the time"),
         remedy: None,
     })
+}
+
+/// Deletes a snapshot, unless it has changed since it was seen: then no.
+async fn delete_as_seen(cluster: &Cluster, snapshot: &VolumeSnapshot) -> Result<bool, Error> {
+    let (namespace, name) = (snapshot.namespace().unwrap_or_default(), snapshot.name_any());
+    let api: Api<VolumeSnapshot> = cluster.api(&Scope::Namespace(namespace.clone()));
+    match api.delete(&name, &as_seen(snapshot)).await {
+        Ok(_) => Ok(true),
+        Err(kube::Error::Api(status)) if not_found(&status) => Ok(true),
+        Err(kube::Error::Api(status)) if status.code == 409 => Ok(false),
+        Err(err) => {
+            let object = format!("VolumeSnapshot {namespace}/{name}");
+            Err(Error::of(&format!("delete {object}"), Some((&namespace, &object)), err))
+        }
+    }
 }
 
 fn as_seen(snapshot: &VolumeSnapshot) -> DeleteParams {

@@ -1,10 +1,10 @@
-use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
 
 use axum::Router;
-use axum::body::{Body, to_bytes};
+use axum::body::Body;
 use axum::extract::Request;
 use axum::http::StatusCode;
+use kube::Client;
 use serde_json::{Value, json};
 use sts_backup_api::names::HOLD_LABEL;
 use sts_backup_api::snapshot::SOURCE_PROTECTION_FINALIZER;
@@ -31,8 +31,9 @@ fn a_point_that_nobody_needs_goes_and_naming_it_twice_is_naming_it_once() {
     let chosen = chosen(&owned, &which(&["r1", "r2", "r1"])).unwrap();
     assert_eq!(chosen.iter().map(|point| point.id.as_str()).collect::<Vec<_>>(), ["r1", "r2"]);
     assert_eq!(
-        question(&owned, &chosen),
-        "Delete 2 recovery points (4 VolumeSnapshots) of shop/nightly? [y/N]"
+        question(&owned, &chosen, "context prod, https://10.0.0.1:6443/"),
+        "Delete 2 recovery points (4 VolumeSnapshots) of shop/nightly in the cluster of context prod, \
+         https://10.0.0.1:6443/? [y/N]"
     );
 }
 
@@ -107,85 +108,90 @@ fn only_a_yes_is_a_yes() {
     }
 }
 
-/// A cluster whose API server gives these answers one after the other, and what it was asked: method and body.
-fn answering(answers: Vec<(u16, Value)>) -> (Cluster, Arc<Mutex<Vec<(String, Value)>>>) {
-    let asked = Arc::new(Mutex::new(Vec::new()));
-    let answers = Arc::new(Mutex::new(VecDeque::from(answers)));
-    let seen = Arc::clone(&asked);
-    let answer = move |request: Request| {
-        let (seen, answers) = (Arc::clone(&seen), Arc::clone(&answers));
-        async move {
-            let (parts, body) = request.into_parts();
-            let body = to_bytes(body, usize::MAX).await.unwrap();
-            let body = serde_json::from_slice(&body).unwrap_or_default();
-            seen.lock().unwrap().push((parts.method.to_string(), body));
-            let (status, answer) = answers.lock().unwrap().pop_front().unwrap();
-            (StatusCode::from_u16(status).unwrap(), Body::from(answer.to_string()))
-        }
-    };
-    let client = kube::Client::new(Router::new().fallback(answer), "default");
-    (Cluster::of(client), asked)
-}
-
-fn refused(code: u16) -> (u16, Value) {
-    let status = json!({
-        "kind": "Status", "apiVersion": "v1", "status": "Failure", "code": code, "reason": "", "message": "no",
-    });
-    (code, status)
-}
-
-/// A snapshot as an API server has it.
-fn seen(version: &str) -> VolumeSnapshot {
+#[test]
+fn a_snapshot_goes_only_as_it_was_seen() {
     let mut snapshot = owned(&["r1"]).snapshots.remove(0);
     snapshot.metadata.uid = Some("uid".to_owned());
-    snapshot.metadata.resource_version = Some(version.to_owned());
-    snapshot
+    snapshot.metadata.resource_version = Some("4711".to_owned());
+    assert_eq!(
+        serde_json::to_value(as_seen(&snapshot)).unwrap(),
+        json!({ "preconditions": { "uid": "uid", "resourceVersion": "4711" } })
+    );
+    assert!(still_to_delete(snapshot.clone(), "it").is_ok());
+    snapshot.labels_mut().insert(HOLD_LABEL.to_owned(), "true".to_owned());
+    assert_eq!(
+        still_to_delete(snapshot, "it").unwrap_err().brief(),
+        "delete it: it was put on hold meanwhile"
+    );
 }
 
-fn found(snapshot: &VolumeSnapshot) -> (u16, Value) {
-    (200, serde_json::to_value(snapshot).unwrap())
+/// A cluster whose lists are what `lists` says, the last one for ever, and that answers deletions with these codes; and
+/// what it was asked.
+fn cluster(lists: Vec<Owned>, deletions: Vec<u16>) -> (Cluster, Arc<Mutex<Vec<String>>>) {
+    let asked = Arc::new(Mutex::new(Vec::new()));
+    let (seen, state) = (Arc::clone(&asked), Arc::new(Mutex::new((lists, deletions))));
+    let answer = move |request: Request| {
+        let (path, method) = (request.uri().path().to_owned(), request.method().to_string());
+        let name = path.rsplit('/').next().unwrap_or_default().to_owned();
+        let mut state = state.lock().unwrap();
+        let (lists, deletions) = &mut *state;
+        let (code, body) = match (method.as_str(), name.as_str()) {
+            ("DELETE", _) => {
+                let code = deletions.remove(0);
+                let reason = if code == 409 { "Conflict" } else { "Forbidden" };
+                let status = if code == 200 { "Success" } else { "Failure" };
+                let refused = json!({
+                    "kind": "Status", "apiVersion": "v1", "status": status, "code": code, "reason": reason, "message": "no",
+                });
+                (code, refused)
+            }
+            (_, "volumesnapshots") => {
+                let owned = if lists.len() > 1 { lists.remove(0) } else { lists[0].clone() };
+                (200, json!({ "metadata": {}, "items": owned.snapshots }))
+            }
+            _ => {
+                let mut backup = json!(lists[0].backup);
+                backup["apiVersion"] = json!("backup.sts-backup.io/v1alpha1");
+                backup["kind"] = json!("StatefulSetBackup");
+                (200, backup)
+            }
+        };
+        seen.lock().unwrap().push(format!("{method} {name}"));
+        let answer = (StatusCode::from_u16(code).unwrap(), Body::from(Value::to_string(&body)));
+        async move { answer }
+    };
+    (Cluster::of(Client::new(Router::new().fallback(answer), "default"), "shop"), asked)
 }
 
-fn deletes(version: &str) -> (String, Value) {
-    let preconditions = json!({ "uid": "uid", "resourceVersion": version });
-    ("DELETE".to_owned(), json!({ "preconditions": preconditions }))
+const READ: [&str; 2] = ["GET nightly", "GET volumesnapshots"];
+
+#[tokio::test]
+async fn a_point_is_read_again_and_the_others_go_only_after_the_first() {
+    let (cluster, asked) = cluster(vec![owned(&["r2", "r1"])], vec![409, 200, 200]);
+    let id = RunId::from("r1".to_owned());
+    assert_eq!(delete_point(&cluster, &which(&["r1"]), &id).await, Ok(2));
+    let (first, other) = ("DELETE data-db-0-r1", "DELETE data-db-1-r1");
+    let expected = [&READ[..], &[first], &READ[..], &[first, other]].concat();
+    assert_eq!(*asked.lock().unwrap(), expected);
 }
 
 #[tokio::test]
-async fn a_snapshot_that_changed_is_looked_at_again_and_deleted_as_it_is_then() {
-    let (cluster, asked) = answering(vec![refused(409), found(&seen("2")), found(&seen("2"))]);
-    delete(&cluster, &seen("1")).await.unwrap();
-    assert_eq!(*asked.lock().unwrap(), [deletes("1"), ("GET".to_owned(), json!(null)), deletes("2")]);
+async fn a_point_whose_first_snapshot_cannot_be_deleted_stays_whole() {
+    let (cluster, asked) = cluster(vec![owned(&["r2", "r1"])], vec![403]);
+    let id = RunId::from("r1".to_owned());
+    let refused = delete_point(&cluster, &which(&["r1"]), &id).await.unwrap_err();
+    assert!(refused.contains("delete VolumeSnapshot shop/data-db-0-r1: you may not"), "{refused}");
+    assert_eq!(*asked.lock().unwrap(), [&READ[..], &["DELETE data-db-0-r1"]].concat());
 }
 
 #[tokio::test]
-async fn a_snapshot_that_somebody_wants_meanwhile_stays() {
-    let mut held = seen("2");
-    held.labels_mut().insert(HOLD_LABEL.to_owned(), "true".to_owned());
-    let mut used = seen("2");
-    used.finalizers_mut().push(SOURCE_PROTECTION_FINALIZER.to_owned());
-    for (now, why) in [(held, "it was put on hold meanwhile"), (used, "a volume is being made from it")] {
-        let (cluster, asked) = answering(vec![refused(409), found(&now)]);
-        let refused = delete(&cluster, &seen("1")).await.unwrap_err();
-        assert_eq!(refused.brief(), format!("delete VolumeSnapshot shop/data-db-0-r1: {why}"));
-        assert_eq!(asked.lock().unwrap().len(), 2);
-    }
-}
-
-#[tokio::test]
-async fn a_snapshot_that_is_gone_or_another_one_is_done_with() {
-    let mut another = seen("2");
-    another.metadata.uid = Some("another".to_owned());
-    for answers in [vec![refused(404)], vec![refused(409), refused(404)], vec![refused(409), found(&another)]]
-    {
-        delete(&answering(answers).0, &seen("1")).await.unwrap();
-    }
-}
-
-#[tokio::test]
-async fn a_right_that_is_missing_is_told_and_nothing_is_tried_again() {
-    let (cluster, asked) = answering(vec![refused(403)]);
-    let refused = delete(&cluster, &seen("1")).await.unwrap_err();
-    assert_eq!(refused.brief(), "delete VolumeSnapshot shop/data-db-0-r1: you may not: no");
-    assert_eq!(asked.lock().unwrap().len(), 1);
+async fn a_point_one_of_whose_snapshots_was_held_meanwhile_stays_whole() {
+    let mut held = owned(&["r2", "r1"]);
+    held.snapshots[3].labels_mut().insert(HOLD_LABEL.to_owned(), "true".to_owned());
+    // The first one has changed as well, which is how the other one comes to be seen.
+    let (cluster, asked) = cluster(vec![owned(&["r2", "r1"]), held], vec![409]);
+    let id = RunId::from("r1".to_owned());
+    let refused = delete_point(&cluster, &which(&["r1"]), &id).await.unwrap_err();
+    assert!(refused.starts_with("r1 is on hold"), "{refused}");
+    assert_eq!(*asked.lock().unwrap(), [&READ[..], &["DELETE data-db-0-r1"], &READ[..]].concat());
 }

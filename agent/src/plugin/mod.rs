@@ -8,6 +8,7 @@
 
 mod args;
 mod cluster;
+mod coverage;
 mod delete_points;
 mod describe;
 mod describe_run;
@@ -89,6 +90,7 @@ async fn obey(args: &Args) -> Result<Exit, Error> {
         Command::Describe { name } => describe::describe(&cluster, name).await,
         Command::Run(how) => run::run(&cluster, how).await,
         Command::Points(how) => points::points(&cluster, how).await,
+        Command::Coverage(how) => coverage::coverage(&cluster, how).await,
         Command::Retention(how) => retention::retention(&cluster, how).await,
         Command::Hold(which) => hold::hold(&cluster, which).await,
         Command::Release(which) => hold::release(&cluster, which).await,

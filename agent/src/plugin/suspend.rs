@@ -6,6 +6,7 @@ use kube::{Api, ResourceExt};
 use serde_json::json;
 use sts_backup_api::backup::StatefulSetBackup;
 use sts_backup_api::names::FROM_POLICY_LABEL;
+use sts_backup_api::policy::StatefulSetBackupPolicy;
 use sts_backup_api::schedule::Timetable;
 
 use super::cluster::{Cluster, patch_params, understand};
@@ -27,6 +28,9 @@ pub(super) async fn resume(cluster: &Cluster, name: &str) -> Result<Exit, Error>
 
 async fn set(cluster: &Cluster, name: &str, suspend: bool) -> Result<Exit, Error> {
     let backup = cluster.backup(name).await?;
+    if !suspend && let Some(policy) = backup.labels().get(FROM_POLICY_LABEL) {
+        may_resume(cluster, &backup, policy).await?;
+    }
     if backup.spec.suspend != suspend {
         let namespace = cluster.namespace();
         let resource = ApiResource::erase::<StatefulSetBackup>(&());
@@ -41,12 +45,40 @@ async fn set(cluster: &Cluster, name: &str, suspend: bool) -> Result<Exit, Error
         )?;
     }
     output::print(&said(&backup, suspend, clock::now()))?;
-    if let Some(policy) = backup.labels().get(FROM_POLICY_LABEL).filter(|_| backup.spec.suspend != suspend) {
-        output::complain(&format!(
-            "StatefulSetBackupPolicy {policy} writes this object: where its template sets suspend, the template decides"
-        ));
-    }
     Ok(Exit::Success)
+}
+
+/// Whether a policy's backup stays resumed: people may suspend one, and resume it, unless the template suspends all.
+async fn may_resume(cluster: &Cluster, backup: &StatefulSetBackup, policy: &str) -> Result<(), Error> {
+    let policies: Api<StatefulSetBackupPolicy> = Api::all(cluster.client());
+    match policies.get_opt(policy).await {
+        Ok(Some(found)) => refusal(backup, &found).map_or(Ok(()), Err),
+        Ok(None) => Ok(()),
+        // Who may not read policies may still resume a backup.
+        Err(err) => {
+            let what = format!("read StatefulSetBackupPolicy {policy}");
+            let why = Error::of(&what, None, err).brief();
+            output::complain(&format!("{why}; if its template suspends, the agent suspends this backup again"));
+            Ok(())
+        }
+    }
+}
+
+/// Why a policy's backup cannot be resumed.
+fn refusal(backup: &StatefulSetBackup, policy: &StatefulSetBackupPolicy) -> Option<Error> {
+    let template = policy.spec.template.spec_for(&backup.spec.stateful_set_ref.name);
+    let (namespace, name) = (backup.namespace().unwrap_or_default(), backup.name_any());
+    let policy = policy.name_any();
+    template.suspend.then(|| Error::Ended {
+        exit: Exit::Failure,
+        message: format!(
+            "{namespace}/{name} is not resumed: the template of StatefulSetBackupPolicy {policy} suspends all backups of the \
+             policy"
+        ),
+        remedy: Some(format!(
+            "set spec.template.spec.suspend to false there: kubectl edit statefulsetbackuppolicy {policy}"
+        )),
+    })
 }
 
 /// What was and what is; `backup` is as it was before.
@@ -118,6 +150,24 @@ mod tests {
         assert_eq!(
             told(&json!({ "schedule": "0 2 * * *", "suspend": true }), &json!({}), true),
             "shop/nightly was suspended already\n"
+        );
+    }
+
+    #[test]
+    fn a_backup_is_not_resumed_against_the_template_of_its_policy() {
+        let policy = |template: &Value| -> StatefulSetBackupPolicy {
+            let object = json!({ "metadata": { "name": "gold" }, "spec": { "template": { "spec": template } } });
+            serde_json::from_value(object).unwrap()
+        };
+        let backup = backup(&json!({ "suspend": true }), &json!({}));
+        assert!(refusal(&backup, &policy(&json!({}))).is_none());
+        assert!(refusal(&backup, &policy(&json!({ "suspend": false }))).is_none());
+        let refused = refusal(&backup, &policy(&json!({ "suspend": true }))).unwrap();
+        assert_eq!(refused.exit(), Exit::Failure);
+        assert_eq!(
+            refused.to_text(),
+            "error: shop/nightly is not resumed: the template of StatefulSetBackupPolicy gold suspends all backups of the \
+             policy\n  to do: set spec.template.spec.suspend to false there: kubectl edit statefulsetbackuppolicy gold"
         );
     }
 

@@ -59,6 +59,8 @@ pub(super) enum Step {
         wanted: Wanted,
         /// Which object.
         uid: String,
+        /// As it was when that was decided: what is still that after the write was not changed by it.
+        version: Option<String>,
     },
     /// Delete a backup; its recovery points stay.
     Delete {
@@ -66,6 +68,8 @@ pub(super) enum Step {
         key: Key,
         /// Which object.
         uid: String,
+        /// As it was when that was decided: somebody may have made it their own since.
+        version: Option<String>,
     },
 }
 
@@ -102,23 +106,25 @@ impl Step {
 pub(super) struct Selected<'a> {
     pub(super) set: SetName<'a>,
     pub(super) verdict: Verdict<'a>,
-    /// A backup that is not this policy's protects it: it is not suspended, and meets the RPO.
+    /// A backup that is not this policy's, or that has no schedule, protects it: it is not suspended, and meets the
+    /// RPO. Without an RPO one that is not this policy's and has a schedule does.
     pub(super) protected_otherwise: bool,
 }
 
 /// What a policy does about a `StatefulSet` that it selects.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Verdict<'a> {
-    /// It has a backup of it, as the template says or as far as it can be used.
-    Backed { suspended: bool },
+    /// It has a backup of it, as the template says or as far as it can be used. It is idle if no run begins by itself,
+    /// as it is suspended or has no schedule.
+    Backed { idle: bool },
     /// One of that name is to be created, or to be updated where it exists.
-    Write { name: String, exists: bool, suspended: bool },
+    Write { name: String, exists: bool, idle: bool },
     /// The policy's spec cannot be used.
     Unusable,
     /// Another policy comes first.
     Yields { to: &'a str },
-    /// Somebody wrote a backup of it by hand.
-    HandWritten { backup: &'a Key },
+    /// Somebody wrote a backup of it by hand; idle, if no run of it begins by itself.
+    HandWritten { backup: &'a Key, idle: bool },
     /// A backup of another policy, or an old one of this policy, is still to go.
     Awaits { backup: &'a Key },
     /// An object that is not the policy's has the name of the backup.
@@ -160,10 +166,13 @@ pub(super) fn next_policy_steps(world: &World, now: Timestamp) -> Vec<PolicyPlan
                 Verdict::Yields { to: &policies[first].policy.name }
             };
             let uid = &policies[at].policy.uid;
-            let others = index.of_set(set).filter(|backup| backup.owner.as_ref() != Some(uid));
-            let protects =
-                |backup: &BackupFacts| !backup.object.spec.suspend && meets(rpo, backup.newest, now);
-            let protected_otherwise = others.into_iter().any(protects);
+            let protected_otherwise = index.of_set(set).any(|backup| {
+                let (is_own, protection) = (backup.owner.as_ref() == Some(uid), backup.protection());
+                // What the verdict says of one of its own needs no point yet.
+                (!is_own || !protection.scheduled)
+                    && protection.protects(rpo, now)
+                    && rpo.is_none_or(|rpo| protection.meets(rpo, now))
+            });
             plans[at].selected.push(Selected { set, verdict, protected_otherwise });
             for &other in claims.iter().filter(|other| **other != at) {
                 let name = policies[other].policy.name.as_str();
@@ -179,11 +188,6 @@ pub(super) fn next_policy_steps(world: &World, now: Timestamp) -> Vec<PolicyPlan
     plans
 }
 
-/// Whether a point is no older than an RPO; without one any backup will do.
-fn meets(rpo: Option<Duration>, newest: Option<Timestamp>, now: Timestamp) -> bool {
-    rpo.is_none_or(|rpo| newest.is_some_and(|newest| overdue_at(newest, rpo).is_none_or(|due| now < due)))
-}
-
 fn set_overdue<'a>(plan: &mut PolicyPlan<'a>, world: &'a World, now: Timestamp) {
     let Some(rpo) = plan.policy.object.spec.rpo.map(Duration::from) else { return };
     let created = |set: SetName<'_>| world.sets[&(set.namespace.to_owned(), set.name.to_owned())].created;
@@ -191,21 +195,40 @@ fn set_overdue<'a>(plan: &mut PolicyPlan<'a>, world: &'a World, now: Timestamp) 
         let set = selected.set;
         Protectee { set, created: created(set), excluded: false }
     });
-    let found = coverage(sets, world.backups.iter().map(BackupFacts::protection), Some(rpo), now);
+    let found = coverage(sets, world.protections(), Some(rpo), now);
     (plan.overdue, plan.look_again) = (found.overdue, found.next_overdue);
-    // Whether another's backup still meets the RPO changes with the age of its points alone.
+    // Whether a backup still meets the RPO changes with the age of its points alone.
     let selected: BTreeSet<SetName<'_>> = plan.selected.iter().map(|selected| selected.set).collect();
-    let of_others = world.backups.iter().filter(|backup| backup.owner.as_ref() != Some(&plan.policy.uid));
-    let of_selected = of_others.filter(|backup| selected.contains(&backup.protection().set));
+    let of_selected = world.backups.iter().filter(|backup| selected.contains(&backup.protection().set));
     let changes = of_selected.filter_map(|backup| overdue_at(backup.newest?, rpo)).filter(|due| *due > now);
     plan.look_again = plan.look_again.into_iter().chain(changes).min();
 }
 
+impl World {
+    /// All `StatefulSets`, and which of them need no protection: without claims, excluded, or in a namespace that is
+    /// excluded or not known.
+    pub(crate) fn protectees(&self) -> impl Iterator<Item = Protectee<'_>> {
+        self.sets.iter().map(|((namespace, name), facts)| Protectee {
+            set: SetName { namespace, name },
+            created: facts.created,
+            excluded: facts.excluded
+                || !facts.has_claims
+                || self.namespaces.get(namespace).is_none_or(|namespace| namespace.excluded),
+        })
+    }
+
+    /// What each backup is worth to its `StatefulSet`.
+    pub(crate) fn protections(&self) -> impl Iterator<Item = Protection<'_>> {
+        self.backups.iter().map(BackupFacts::protection)
+    }
+}
+
 impl BackupFacts {
     /// What it is worth to its `StatefulSet`.
-    pub(super) fn protection(&self) -> Protection<'_> {
+    pub(crate) fn protection(&self) -> Protection<'_> {
         let set = SetName { namespace: &self.set.0, name: &self.set.1 };
-        Protection { set, suspended: self.object.spec.suspend, newest: self.newest }
+        let spec = &self.object.spec;
+        Protection { set, suspended: spec.suspend, scheduled: spec.schedule.is_some(), newest: self.newest }
     }
 }
 
@@ -213,11 +236,14 @@ impl BackupFacts {
 struct Index<'a> {
     by_key: HashMap<&'a Key, &'a BackupFacts>,
     by_set: HashMap<SetName<'a>, Vec<&'a BackupFacts>>,
+    /// The uids of all policies, those that are being deleted included.
+    policies: BTreeSet<&'a str>,
 }
 
 impl<'a> Index<'a> {
     fn of(world: &'a World) -> Self {
-        let mut index = Self { by_key: HashMap::new(), by_set: HashMap::new() };
+        let policies = world.policies.iter().map(|policy| policy.uid.as_str()).collect();
+        let mut index = Self { by_key: HashMap::new(), by_set: HashMap::new(), policies };
         for backup in &world.backups {
             index.by_key.insert(&backup.key, backup);
             index.by_set.entry(backup.protection().set).or_default().push(backup);
@@ -227,6 +253,11 @@ impl<'a> Index<'a> {
 
     fn of_set(&self, set: SetName<'a>) -> impl Iterator<Item = &'a BackupFacts> + '_ {
         self.by_set.get(&set).into_iter().flatten().copied()
+    }
+
+    /// Whether no policy has made it: who names an owner that does not exist wrote it by hand.
+    fn is_by_hand(&self, backup: &BackupFacts) -> bool {
+        backup.owner.as_ref().is_none_or(|owner| !self.policies.contains(owner.as_str()))
     }
 }
 
@@ -298,14 +329,20 @@ impl<'a> Prepared<'a> {
         let name = policy_backup_name(&self.policy.name, set.name);
         let key = (set.namespace.to_owned(), name);
         let is_ours = |backup: &BackupFacts| self.may_be(backup, &key);
-        if let Some(by_hand) = index.of_set(set).find(|backup| backup.owner.is_none() && !is_ours(backup)) {
-            return (Verdict::HandWritten { backup: &by_hand.key }, None);
-        }
-        // Its policy deletes it as soon as it sees that it is not the first any more.
-        if let Some(other) = index.of_set(set).find(|backup| !is_ours(backup)) {
-            return (Verdict::Awaits { backup: &other.key }, None);
+        let by_hand = index.of_set(set).filter(|backup| index.is_by_hand(backup) && !is_ours(backup));
+        // Of several the one that begins runs by itself says how well the StatefulSet is off.
+        let by_hand = by_hand.min_by_key(|backup| (backup.protection().is_idle(), &backup.key));
+        if let Some(by_hand) = by_hand {
+            let idle = by_hand.protection().is_idle();
+            return (Verdict::HandWritten { backup: &by_hand.key, idle }, None);
         }
         let found = index.by_key.get(&key).copied();
+        // Its policy deletes it as soon as it sees that it is not the first any more. That is no reason to give up one
+        // that is there: whoever writes the other's owner on an object would else take the backup away.
+        let has_own = found.is_some_and(|found| is_ours(found) && found.protection().set == set);
+        if let Some(other) = index.of_set(set).find(|backup| !is_ours(backup) && !has_own) {
+            return (Verdict::Awaits { backup: &other.key }, None);
+        }
         if let Some(found) = found.filter(|found| !is_ours(found) || found.protection().set != set) {
             return (Verdict::NameTaken { backup: &found.key }, None);
         }
@@ -316,22 +353,23 @@ impl<'a> Prepared<'a> {
             (Ok(template), _) => template.wanted(&self.policy.name, key.clone(), set.name),
             (Err(_), None) => return (Verdict::Unusable, None),
             (Err(_), Some(found)) => {
-                let suspended = found.object.spec.suspend;
-                return (Verdict::Backed { suspended }, Some(&found.key));
+                let idle = found.protection().is_idle();
+                return (Verdict::Backed { idle }, Some(&found.key));
             }
         };
         let Some(found) = found else {
-            let suspended = wanted.spec.suspend;
+            let idle = wanted.spec.suspend || wanted.spec.schedule.is_none();
             steps.push(Step::Create(wanted));
-            return (Verdict::Write { name: key.1, exists: false, suspended }, None);
+            return (Verdict::Write { name: key.1, exists: false, idle }, None);
         };
-        // Where the template says nothing, people may suspend a backup.
-        let suspended = wanted.spec.suspend || found.object.spec.suspend;
+        // Where the template says nothing, people may suspend or schedule a backup.
+        let idle = wanted.spec.suspend || found.protection().is_idle();
         if wanted.is_written(found, &self.policy.uid) {
-            return (Verdict::Backed { suspended }, Some(&found.key));
+            return (Verdict::Backed { idle }, Some(&found.key));
         }
-        steps.push(Step::Update { wanted, uid: found.uid.clone() });
-        (Verdict::Write { name: key.1, exists: true, suspended }, Some(&found.key))
+        let version = found.object.resource_version();
+        steps.push(Step::Update { wanted, uid: found.uid.clone(), version });
+        (Verdict::Write { name: key.1, exists: true, idle }, Some(&found.key))
     }
 
     /// Whether the policy may write a backup of that name: it made it, or a policy of its name did that was deleted and
@@ -351,7 +389,11 @@ impl<'a> Prepared<'a> {
         let own = world.backups.iter().filter(|backup| backup.owner.as_ref() == Some(&self.policy.uid));
         own.filter(is_known)
             .filter(|backup| !backup.deleting && !kept.contains(&backup.key))
-            .map(|backup| Step::Delete { key: backup.key.clone(), uid: backup.uid.clone() })
+            .map(|backup| Step::Delete {
+                key: backup.key.clone(),
+                uid: backup.uid.clone(),
+                version: backup.object.resource_version(),
+            })
     }
 }
 

@@ -6,7 +6,7 @@
 
 mod decide;
 mod metrics;
-mod observe;
+pub(crate) mod observe;
 mod perform;
 mod status;
 #[cfg(test)]
@@ -30,8 +30,8 @@ use tracing::{debug, info, warn};
 use self::decide::{PolicyPlan, Step, next_policy_steps};
 use self::observe::{Key, Stores};
 use self::perform::Outcome;
-use self::status::{Results, change_notes, next_status, write_notes};
-use crate::backup::error::Error;
+use self::status::{Results, change_notes, idle_note, next_status, write_notes};
+use crate::backup::error::Result;
 use crate::events::{self, Note};
 use crate::lease::Leadership;
 use crate::{app, clock, telemetry};
@@ -41,6 +41,12 @@ const DEBOUNCE: Duration = Duration::from_millis(500);
 
 /// After which time a status is written again that could not be.
 const STATUS_RETRY: Duration = Duration::from_secs(10);
+
+/// After which time is looked again at what had changed when it was to be written: not every change makes itself known.
+const OUTDATED_RETRY: Duration = Duration::from_secs(1);
+
+/// The longest wait before an update that does not take is tried again.
+const UNCHANGED_RETRY: Duration = Duration::from_mins(5);
 
 /// Keeps backups as policies want them, until `stop` is cancelled.
 pub(crate) async fn run(app: app::Context, stop: CancellationToken) {
@@ -119,11 +125,12 @@ impl Controller {
             said &= self.say(plan, results, now).await;
         }
         let again = (!said).then_some(STATUS_RETRY);
+        let outdated = results.iter().any(|results| results.is_outdated).then_some(OUTDATED_RETRY);
         let next = plans.iter().filter_map(|plan| plan.look_again).min();
         let next = next.map(|next| until(clock::now(), next));
         let retry = self.failures.values().map(|failure| failure.until).min();
         let retry = retry.map(|retry| retry.saturating_duration_since(clock::monotonic()));
-        next.into_iter().chain(retry).chain(again).min()
+        next.into_iter().chain(retry).chain(again).chain(outdated).min()
     }
 
     /// Does the steps of all plans, some at a time, but for those that failed just now.
@@ -169,20 +176,9 @@ impl Controller {
         // A policy whose backups are all refused for one reason says so once.
         let mut failed_now = vec![0_usize; plans.len()];
         while let Some((at, step_at, done)) = writes.next().await {
-            let step = &plans[at].steps[step_at];
-            match done {
-                Ok(Outcome::Done) => {
-                    self.failures.remove(step.key());
-                    results[at].done.insert(step_at);
-                }
-                Ok(Outcome::Outdated) => drop(self.failures.remove(step.key())),
-                Err(err) => {
-                    let message = telemetry::chain(&err);
-                    results[at].failed.insert(step_at, message.clone());
-                    note_failure(&mut self.failures, step, &err, message);
-                    failed_now[at] += 1;
-                }
-            }
+            let step = (step_at, &plans[at].steps[step_at]);
+            let is_failure = !take_down(&mut results[at], &mut self.failures, step, done);
+            failed_now[at] += usize::from(is_failure);
         }
         for (at, failures) in failed_now.into_iter().enumerate().filter(|(_, failures)| *failures > 0) {
             let error = results[at].failed.first_key_value().map(|(_, message)| message.as_str());
@@ -207,11 +203,14 @@ impl Controller {
         }
         match perform::write_status(&self.client, &policy.object, &status).await {
             Ok(Outcome::Done) => {
-                for note in change_notes(&old, &status) {
+                for note in change_notes(&old, &status).into_iter().chain(idle_note(plan, &old)) {
                     self.publish(plan, note).await;
                 }
             }
-            Ok(Outcome::Outdated) => debug!(policy = policy.name, "the policy changed meanwhile"),
+            Ok(Outcome::Outdated | Outcome::Unchanged) => {
+                debug!(policy = policy.name, "the policy changed meanwhile");
+                return false;
+            }
             Err(err) => {
                 warn!(policy = policy.name, error = %telemetry::chain(&err), "status of the policy not written");
                 return false;
@@ -226,15 +225,43 @@ impl Controller {
     }
 }
 
-fn note_failure(failures: &mut HashMap<Key, Failure>, step: &Step, err: &Error, message: String) {
-    let times = failures.get(step.key()).map_or(0, |failure| failure.times);
+/// Takes down what came of a step. No: it failed.
+fn take_down(
+    results: &mut Results,
+    failures: &mut HashMap<Key, Failure>,
+    (at, step): (usize, &Step),
+    done: Result<Outcome>,
+) -> bool {
+    let times = failures.remove(step.key()).map_or(0, |failure| failure.times);
+    let (message, pause) = match (done, step) {
+        (Ok(Outcome::Done), _) => {
+            results.done.insert(at);
+            return true;
+        }
+        (Ok(Outcome::Outdated), _) => {
+            results.is_outdated = true;
+            return true;
+        }
+        (Ok(Outcome::Unchanged), Step::Create(_) | Step::Delete { .. }) => {
+            results.done_before.insert(at);
+            return true;
+        }
+        (Ok(Outcome::Unchanged), Step::Update { .. }) => {
+            let message = "it was applied, and is what it was before: something in the cluster, such as a mutating \
+                           webhook, undoes what the template says";
+            (message.to_owned(), (STATUS_RETRY * 2_u32.saturating_pow(times.min(16))).min(UNCHANGED_RETRY))
+        }
+        (Err(err), _) => (telemetry::chain(&err), err.backoff(times)),
+    };
+    results.failed.insert(at, message.clone());
     let failure = Failure {
         hash: step.hash().map(str::to_owned),
         message,
         times: times.saturating_add(1),
-        until: clock::monotonic() + err.backoff(times),
+        until: clock::monotonic() + pause,
     };
     failures.insert(step.key().clone(), failure);
+    false
 }
 
 fn until(now: Timestamp, next: Timestamp) -> Duration {

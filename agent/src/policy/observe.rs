@@ -1,20 +1,24 @@
 //! Watches the cluster, and tells what is known of it as plain facts: the only room that asks the API server questions.
 //!
-//! It judges nothing. Of each object it keeps what decisions need, and nothing else.
+//! It judges nothing. Of each object it keeps what decisions need, and nothing else. The plugin, which reads once and does
+//! not watch, makes its facts here too ([`World::of`]).
 
+use std::borrow::Borrow;
 use std::collections::{BTreeMap, HashMap};
 use std::fmt::Debug;
 use std::hash::Hash;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering::Relaxed;
 
-use futures::StreamExt;
+use futures::{StreamExt, TryStreamExt};
 use jiff::Timestamp;
 use k8s_openapi::api::apps::v1::StatefulSet;
 use k8s_openapi::api::core::v1::Namespace;
 use kube::api::ObjectMeta;
 use kube::core::PartialObjectMeta;
-use kube::runtime::reflector::{self, Store};
-use kube::runtime::watcher::{Config as WatcherConfig, Error as WatchError, watcher};
+use kube::runtime::reflector::{self, ObjectRef, Store};
+use kube::runtime::watcher::{Config as WatcherConfig, Error as WatchError, Event, watcher};
 use kube::runtime::{WatchStreamExt, reflector::store::WriterDropped};
 use kube::{Api, Client, Resource, ResourceExt};
 use serde::Deserialize;
@@ -37,12 +41,12 @@ use crate::telemetry;
 const PAGE: u32 = 100;
 
 /// A `StatefulSet`, or a backup: namespace and name.
-pub(super) type Key = (String, String);
+pub(crate) type Key = (String, String);
 
 /// A `StatefulSet` as far as it is read: whether it has claims is all that matters of its spec.
 #[derive(Resource, Clone, Debug, Deserialize)]
 #[resource(inherit = "StatefulSet")]
-pub(super) struct KnownSet {
+pub(crate) struct KnownSet {
     metadata: ObjectMeta,
     #[serde(default)]
     spec: KnownSetSpec,
@@ -57,31 +61,31 @@ struct KnownSetSpec {
 
 /// All that is known at one moment.
 #[derive(Clone, Debug, Default)]
-pub(super) struct World {
-    pub(super) policies: Vec<PolicyFacts>,
-    pub(super) sets: BTreeMap<Key, SetFacts>,
+pub(crate) struct World {
+    pub(crate) policies: Vec<PolicyFacts>,
+    pub(crate) sets: BTreeMap<Key, SetFacts>,
     /// Those that are known, and not being deleted.
-    pub(super) namespaces: HashMap<String, NamespaceFacts>,
-    pub(super) backups: Vec<BackupFacts>,
+    pub(crate) namespaces: HashMap<String, NamespaceFacts>,
+    pub(crate) backups: Vec<BackupFacts>,
     /// The hooks that the agent's configuration names.
     pub(super) hook_profiles: Arc<BTreeMap<String, HookProfile>>,
 }
 
 /// A policy.
 #[derive(Clone, Debug)]
-pub(super) struct PolicyFacts {
+pub(crate) struct PolicyFacts {
     pub(super) name: String,
-    pub(super) uid: String,
+    pub(crate) uid: String,
     pub(super) deleting: bool,
-    pub(super) object: Arc<StatefulSetBackupPolicy>,
+    pub(crate) object: Arc<StatefulSetBackupPolicy>,
 }
 
 /// A `StatefulSet`.
 #[derive(Clone, Debug)]
-pub(super) struct SetFacts {
+pub(crate) struct SetFacts {
     pub(super) labels: BTreeMap<String, String>,
     pub(super) created: Timestamp,
-    pub(super) has_claims: bool,
+    pub(crate) has_claims: bool,
     /// It carries the annotation that keeps policies away.
     pub(super) excluded: bool,
     pub(super) deleting: bool,
@@ -89,7 +93,7 @@ pub(super) struct SetFacts {
 
 /// A namespace.
 #[derive(Clone, Debug, Default)]
-pub(super) struct NamespaceFacts {
+pub(crate) struct NamespaceFacts {
     pub(super) labels: BTreeMap<String, String>,
     /// It carries the annotation that keeps policies away.
     pub(super) excluded: bool,
@@ -97,17 +101,47 @@ pub(super) struct NamespaceFacts {
 
 /// A backup whose `StatefulSet` is in its own namespace, or in one that grants it.
 #[derive(Clone, Debug)]
-pub(super) struct BackupFacts {
-    pub(super) key: Key,
+pub(crate) struct BackupFacts {
+    pub(crate) key: Key,
     pub(super) uid: String,
     /// The uid of the policy that owns it; none: somebody wrote it by hand.
-    pub(super) owner: Option<String>,
+    pub(crate) owner: Option<String>,
     /// The policy that its label names.
-    pub(super) from_policy: Option<String>,
+    pub(crate) from_policy: Option<String>,
     pub(super) set: Key,
-    pub(super) newest: Option<Timestamp>,
+    pub(crate) newest: Option<Timestamp>,
     pub(super) deleting: bool,
-    pub(super) object: Arc<StatefulSetBackup>,
+    pub(crate) object: Arc<StatefulSetBackup>,
+}
+
+impl World {
+    /// The facts of what was read. A backup of another namespace than its `StatefulSet`'s counts where it may be taken:
+    /// else whoever writes one could keep a policy from its work.
+    pub(crate) fn of(
+        policies: impl IntoIterator<Item = Arc<StatefulSetBackupPolicy>>,
+        backups: impl IntoIterator<Item = Arc<StatefulSetBackup>>,
+        sets: &[impl Borrow<KnownSet>],
+        namespaces: &[impl Borrow<PartialObjectMeta<Namespace>>],
+    ) -> Self {
+        let namespaces = || namespaces.iter().map(Borrow::borrow);
+        let is_granted = |home: &str, to: &str| {
+            namespaces().any(|namespace| namespace.name_any() == home && is_granted_by(namespace, to))
+        };
+        let backups = backups.into_iter().map(backup_facts).filter(|backup| {
+            let (own, home) = (&backup.key.0, &backup.set.0);
+            own == home || is_granted(home, own)
+        });
+        Self {
+            policies: policies.into_iter().map(policy_facts).collect(),
+            backups: backups.collect(),
+            sets: sets.iter().map(Borrow::borrow).map(|set| (key_of(set), set_facts(set))).collect(),
+            namespaces: namespaces()
+                .filter(|namespace| namespace.metadata.deletion_timestamp.is_none())
+                .map(|namespace| (namespace.name_any(), namespace_facts(namespace)))
+                .collect(),
+            hook_profiles: Arc::default(),
+        }
+    }
 }
 
 /// What is watched, as of now.
@@ -121,7 +155,7 @@ pub(super) struct Stores {
 }
 
 impl Stores {
-    /// Watches in tasks, and notifies of every change.
+    /// Watches in tasks, and notifies of every change of what is kept.
     pub(super) fn watch(
         client: &Client,
         hook_profiles: BTreeMap<String, HookProfile>,
@@ -129,10 +163,10 @@ impl Stores {
         tasks: &mut JoinSet<()>,
     ) -> Self {
         Self {
-            policies: follow(Api::all(client.clone()), keep_of_policy, changed, tasks),
-            backups: follow(Api::all(client.clone()), keep_of_backup, changed, tasks),
-            sets: follow(Api::all(client.clone()), keep_of_set, changed, tasks),
-            namespaces: follow(Api::all(client.clone()), keep_of_namespace, changed, tasks),
+            policies: follow(Api::all(client.clone()), (keep_of_policy, is_same_policy), changed, tasks),
+            backups: follow(Api::all(client.clone()), (keep_of_backup, is_same_backup), changed, tasks),
+            sets: follow(Api::all(client.clone()), (keep_of_set, is_same_set), changed, tasks),
+            namespaces: follow(Api::all(client.clone()), (keep_of_namespace, is_same_namespace), changed, tasks),
             hook_profiles: Arc::new(hook_profiles),
         }
     }
@@ -147,32 +181,21 @@ impl Stores {
 
     /// The facts as they are now.
     pub(super) fn observe(&self) -> World {
-        let namespaces = self.namespaces.state();
-        // A foreign backup counts where it may be taken: else whoever writes one could keep a policy from its work.
-        let is_granted = |home: &str, to: &str| {
-            namespaces.iter().any(|namespace| namespace.name_any() == home && is_granted_by(&**namespace, to))
-        };
-        let backups = self.backups.state().into_iter().map(backup_facts);
-        let backups = backups.filter(|backup| {
-            let (own, home) = (&backup.key.0, &backup.set.0);
-            own == home || is_granted(home, own)
-        });
+        let (policies, backups) = (self.policies.state(), self.backups.state());
         World {
-            policies: self.policies.state().into_iter().map(policy_facts).collect(),
-            backups: backups.collect(),
-            sets: self.sets.state().iter().map(|set| (key_of(&**set), set_facts(set))).collect(),
-            namespaces: namespaces
-                .iter()
-                .filter(|namespace| namespace.metadata.deletion_timestamp.is_none())
-                .map(|namespace| (namespace.name_any(), namespace_facts(namespace)))
-                .collect(),
             hook_profiles: Arc::clone(&self.hook_profiles),
+            ..World::of(policies, backups, &self.sets.state(), &self.namespaces.state())
         }
     }
 }
 
-/// Watches a kind, keeps some of each object, and notifies of every change.
-fn follow<K>(api: Api<K>, keep: fn(&mut K), changed: &Arc<Notify>, tasks: &mut JoinSet<()>) -> Store<K>
+/// Watches a kind, keeps some of each object, and notifies of every change of that: most changes are of what is dropped.
+fn follow<K>(
+    api: Api<K>,
+    (keep, is_same): (fn(&mut K), fn(&K, &K) -> bool),
+    changed: &Arc<Notify>,
+    tasks: &mut JoinSet<()>,
+) -> Store<K>
 where
     K: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + Sync + 'static,
     K::DynamicType: Eq + Hash + Clone,
@@ -180,17 +203,39 @@ where
     let (store, writer) = reflector::store();
     let changed = Arc::clone(changed);
     let config = WatcherConfig::default().page_size(PAGE);
+    let known = store.clone();
     tasks.spawn(async move {
-        let events = watcher(api, config).default_backoff().modify(keep).reflect(writer);
-        let mut events = std::pin::pin!(events);
+        let events = watcher(api, config).default_backoff().modify(keep);
+        // Compared with what is known before that is replaced, and told afterwards.
+        let is_news = AtomicBool::new(false);
+        let events = events.inspect_ok(|event| {
+            is_news.store(is_change(event, |object| known.get(&ObjectRef::from(object)), is_same), Relaxed);
+        });
+        let mut events = std::pin::pin!(events.reflect(writer));
         while let Some(event) = events.next().await {
             match event {
-                Ok(_) => changed.notify_one(),
+                Ok(_) if is_news.load(Relaxed) => changed.notify_one(),
+                Ok(_) => {}
                 Err(err) => tell(&err, &K::kind(&())),
             }
         }
     });
     store
+}
+
+/// Whether an event changes what is kept.
+fn is_change<K>(
+    event: &Event<K>,
+    known: impl FnOnce(&K) -> Option<Arc<K>>,
+    is_same: fn(&K, &K) -> bool,
+) -> bool {
+    match event {
+        Event::Apply(object) => known(object).is_none_or(|known| !is_same(&known, object)),
+        Event::Delete(_) => true,
+        // Of a list that is read anew the end tells: what is not in it is gone.
+        Event::Init | Event::InitApply(_) => false,
+        Event::InitDone => true,
+    }
 }
 
 fn tell(err: &WatchError, kind: &str) {
@@ -211,6 +256,8 @@ fn keep_of_policy(policy: &mut StatefulSetBackupPolicy) {
 fn keep_of_set(set: &mut KnownSet) {
     keep_of_metadata(&mut set.metadata, &[EXCLUDE_ANNOTATION]);
     set.metadata.owner_references = None;
+    // It counts changes of what is dropped.
+    set.metadata.generation = None;
     set.spec.volume_claim_templates.truncate(1);
 }
 
@@ -226,6 +273,29 @@ fn keep_of_backup(backup: &mut StatefulSetBackup) {
             status.recovery_points.drain(..).find(|point| point.complete && Some(point.time.0) == newest);
         StatefulSetBackupStatus { recovery_points: newest.into_iter().collect(), ..Default::default() }
     });
+}
+
+fn is_same_metadata(one: &ObjectMeta, other: &ObjectMeta) -> bool {
+    let of = |metadata: &ObjectMeta| ObjectMeta { resource_version: None, ..metadata.clone() };
+    of(one) == of(other)
+}
+
+fn is_same_policy(one: &StatefulSetBackupPolicy, other: &StatefulSetBackupPolicy) -> bool {
+    is_same_metadata(&one.metadata, &other.metadata) && one.spec == other.spec && one.status == other.status
+}
+
+fn is_same_set(one: &KnownSet, other: &KnownSet) -> bool {
+    let has_claims = |set: &KnownSet| !set.spec.volume_claim_templates.is_empty();
+    is_same_metadata(&one.metadata, &other.metadata) && has_claims(one) == has_claims(other)
+}
+
+fn is_same_namespace(one: &PartialObjectMeta<Namespace>, other: &PartialObjectMeta<Namespace>) -> bool {
+    is_same_metadata(&one.metadata, &other.metadata)
+}
+
+fn is_same_backup(one: &StatefulSetBackup, other: &StatefulSetBackup) -> bool {
+    let newest = |backup: &StatefulSetBackup| backup.status.as_ref().and_then(newest_complete);
+    is_same_metadata(&one.metadata, &other.metadata) && one.spec == other.spec && newest(one) == newest(other)
 }
 
 fn key_of<K: ResourceExt>(object: &K) -> Key {
@@ -282,7 +352,7 @@ pub(super) fn backup_facts(object: Arc<StatefulSetBackup>) -> BackupFacts {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
+    use serde_json::{Value, json};
 
     use super::*;
 
@@ -335,6 +405,54 @@ mod tests {
         let status = facts.object.status.as_ref().unwrap();
         assert_eq!((status.recovery_points.len(), status.missed_runs), (1, 0));
         assert_eq!((facts.owner, facts.set), (None, ("shop".to_owned(), "db".to_owned())));
+    }
+
+    #[test]
+    fn only_a_change_of_what_is_kept_is_news() {
+        let backup = |version: &str, retention: Value, missed: u64, day: Option<u8>| {
+            let points = day.map(|day| {
+                json!({
+                    "id": "a", "time": format!("2026-01-0{day}T00:00:00.000000Z"), "complete": true, "readyVolumes": 1,
+                    "expectedVolumes": 1, "replicas": 1, "consistency": "Application", "sizeBytes": 1, "hold": false,
+                })
+            });
+            let points: Vec<Value> = points.into_iter().collect();
+            let mut backup: StatefulSetBackup = serde_json::from_value(json!({
+                "apiVersion": "backup.sts-backup.io/v1alpha1", "kind": "StatefulSetBackup",
+                "metadata": { "name": "nightly", "namespace": "shop", "resourceVersion": version },
+                "spec": { "statefulSetRef": { "name": "db" }, "retentionPolicy": retention },
+                "status": { "missedRuns": missed, "recoveryPoints": points },
+            }))
+            .unwrap();
+            keep_of_backup(&mut backup);
+            backup
+        };
+        let old = Arc::new(backup("1", json!(null), 0, Some(1)));
+        let is_news = |event: Event<StatefulSetBackup>| {
+            is_change(&event, |_| Some(Arc::clone(&old)), is_same_backup)
+        };
+        assert!(!is_news(Event::Apply(backup("2", json!(null), 7, Some(1)))), "that status is dropped");
+        assert!(is_news(Event::Apply(backup("2", json!({ "keepLast": 3 }), 0, Some(1)))));
+        assert!(is_news(Event::Apply(backup("2", json!(null), 0, Some(2)))), "a newer point");
+        assert!(is_news(Event::Delete(backup("2", json!(null), 0, Some(1)))));
+        assert!(!is_news(Event::InitApply(backup("2", json!(null), 0, Some(2)))));
+        assert!(is_news(Event::InitDone));
+        let created = Event::Apply(backup("1", json!(null), 0, None));
+        assert!(is_change(&created, |_| None, is_same_backup));
+
+        let set = |version: &str, generation: i64, tier: &str| {
+            let mut set: KnownSet = serde_json::from_value(json!({
+                "metadata": {
+                    "name": "db", "resourceVersion": version, "generation": generation, "labels": { "tier": tier },
+                },
+                "spec": { "replicas": generation },
+            }))
+            .unwrap();
+            keep_of_set(&mut set);
+            set
+        };
+        assert!(is_same_set(&set("1", 1, "gold"), &set("2", 2, "gold")));
+        assert!(!is_same_set(&set("1", 1, "gold"), &set("2", 1, "tin")));
     }
 
     #[test]

@@ -22,7 +22,9 @@ const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
 pub(super) enum Outcome {
     /// The object is as wanted.
     Done,
-    /// The object is not the one that was looked at: the watch will tell.
+    /// The write changed nothing: what was to be created is there already, or an update does not take.
+    Unchanged,
+    /// The object is not the one that was looked at.
     Outdated,
 }
 
@@ -33,12 +35,17 @@ pub(super) async fn perform(client: &Client, policy: &PolicyFacts, step: &Step) 
         let backups: Api<StatefulSetBackup> = Api::namespaced(client.clone(), namespace);
         match step {
             Step::Create(wanted) => create(&backups, policy, wanted).await,
-            Step::Update { wanted, uid } => {
+            Step::Update { wanted, uid, version } => {
                 let applied = apply(&backups, &manifest(policy, wanted, Some(uid)), true).await;
-                outdated_if(applied, Error::is_conflict)
+                // An apply that changes nothing leaves the version as it is.
+                let is_same = matches!(&applied, Ok(now) if now.is_some() && now == version);
+                if is_same {
+                    return Ok(Outcome::Unchanged);
+                }
+                outdated_if(applied.map(drop), Error::is_conflict)
             }
-            Step::Delete { uid, .. } => {
-                let this = Preconditions { uid: Some(uid.clone()), resource_version: None };
+            Step::Delete { uid, version, .. } => {
+                let this = Preconditions { uid: Some(uid.clone()), resource_version: version.clone() };
                 let params = DeleteParams::background().preconditions(this);
                 let deleted = backups.delete(name, &params).await.map(drop);
                 let deleted = deleted.map_err(Error::request("delete the StatefulSetBackup"));
@@ -57,18 +64,21 @@ async fn create(backups: &Api<StatefulSetBackup>, policy: &PolicyFacts, wanted: 
     let found = found.map_err(Error::request("get the StatefulSetBackup"))?;
     if let Some(found) = found {
         let is_ours = found.owner_references().iter().any(|owner| owner.uid == policy.uid);
-        return Ok(if is_ours { Outcome::Done } else { Outcome::Outdated });
+        let is_there = is_ours && found.metadata.deletion_timestamp.is_none();
+        return Ok(if is_there { Outcome::Unchanged } else { Outcome::Outdated });
     }
     // Not by force: what somebody made meanwhile is theirs.
     let applied = apply(backups, &manifest(policy, wanted, None), false).await;
-    outdated_if(applied, Error::is_conflict)
+    outdated_if(applied.map(drop), Error::is_conflict)
 }
 
-async fn apply(backups: &Api<StatefulSetBackup>, manifest: &Value, force: bool) -> Result<()> {
+/// Applies a backup; says which version of it there is now.
+async fn apply(backups: &Api<StatefulSetBackup>, manifest: &Value, force: bool) -> Result<Option<String>> {
     let params = PatchParams { force, ..PatchParams::apply(FIELD_MANAGER) };
     let name = manifest["metadata"]["name"].as_str().unwrap_or_default();
     let applied = backups.patch_metadata(name, &params, &Patch::Apply(manifest)).await;
-    applied.map(drop).map_err(Error::request("apply the StatefulSetBackup"))
+    let applied = applied.map_err(Error::request("apply the StatefulSetBackup"))?;
+    Ok(applied.resource_version())
 }
 
 fn outdated_if(done: Result<()>, is_outdated: impl Fn(&Error) -> bool) -> Result<Outcome> {

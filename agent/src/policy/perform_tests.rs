@@ -44,7 +44,9 @@ fn refusal(code: u16) -> (u16, Value) {
 fn metadata(owner: &str) -> (u16, Value) {
     let owner =
         json!({ "apiVersion": "backup.sts-backup.io/v1alpha1", "kind": "X", "name": "gold", "uid": owner });
-    let metadata = json!({ "name": "gold-db-1", "namespace": "shop", "ownerReferences": [owner] });
+    let metadata = json!({
+        "name": "gold-db-1", "namespace": "shop", "resourceVersion": "12", "ownerReferences": [owner],
+    });
     (200, json!({ "apiVersion": "meta.k8s.io/v1", "kind": "PartialObjectMetadata", "metadata": metadata }))
 }
 
@@ -74,7 +76,7 @@ async fn a_backup_that_does_not_exist_is_applied_but_not_by_force() {
     let (client, asked) = server(refusal(404), metadata("7"));
     let done = perform(&client, &policy(), &Step::Create(wanted())).await.unwrap();
     assert_eq!(done, Outcome::Done);
-    let asked = asked.lock().unwrap();
+    let asked = asked.lock().unwrap().clone();
     let [(get, _), (patch, body)] = &asked[..] else { unreachable!("{asked:?}") };
     assert_eq!(get.trim_end_matches(['?', '&']), format!("GET {PATH}").trim_end_matches('?'));
     assert!(patch.starts_with(&format!("PATCH {PATH}")), "{patch}");
@@ -88,8 +90,14 @@ async fn a_backup_that_does_not_exist_is_applied_but_not_by_force() {
 
 #[tokio::test]
 async fn a_name_that_is_taken_meanwhile_is_left_alone() {
-    for (owner, expected) in [("7", Outcome::Done), ("8", Outcome::Outdated)] {
-        let (client, asked) = server(metadata(owner), refusal(500));
+    let mut going = metadata("7");
+    going.1["metadata"]["deletionTimestamp"] = json!("2026-01-01T00:00:00Z");
+    for (found, expected) in [
+        (metadata("7"), Outcome::Unchanged),
+        (metadata("8"), Outcome::Outdated),
+        (going, Outcome::Outdated),
+    ] {
+        let (client, asked) = server(found, refusal(500));
         assert_eq!(perform(&client, &policy(), &Step::Create(wanted())).await.unwrap(), expected);
         assert_eq!(asked.lock().unwrap().len(), 1, "it was only looked at");
     }
@@ -99,14 +107,18 @@ async fn a_name_that_is_taken_meanwhile_is_left_alone() {
 
 #[tokio::test]
 async fn an_update_is_of_one_object_and_by_force() {
-    let step = Step::Update { wanted: wanted(), uid: "42".to_owned() };
+    let of_version =
+        |version: &str| Step::Update { wanted: wanted(), uid: "42".to_owned(), version: Some(version.to_owned()) };
+    let step = of_version("11");
     let (client, asked) = server(refusal(500), metadata("7"));
     assert_eq!(perform(&client, &policy(), &step).await.unwrap(), Outcome::Done);
-    let asked = asked.lock().unwrap();
+    let asked = asked.lock().unwrap().clone();
     let [(patch, body)] = &asked[..] else { unreachable!("{asked:?}") };
     assert!(patch.starts_with(&format!("PATCH {PATH}")) && patch.contains("force=true"), "{patch}");
     assert_eq!(body["metadata"]["uid"], "42");
 
+    let (client, _) = server(refusal(500), metadata("7"));
+    assert_eq!(perform(&client, &policy(), &of_version("12")).await.unwrap(), Outcome::Unchanged);
     let (client, _) = server(refusal(500), refusal(409));
     assert_eq!(perform(&client, &policy(), &step).await.unwrap(), Outcome::Outdated);
     let (client, _) = server(refusal(500), refusal(422));
@@ -115,14 +127,15 @@ async fn an_update_is_of_one_object_and_by_force() {
 
 #[tokio::test]
 async fn a_deletion_is_of_one_object() {
-    let step = Step::Delete { key: wanted().key, uid: "42".to_owned() };
+    let step =
+        Step::Delete { key: wanted().key, uid: "42".to_owned(), version: Some("11".to_owned()) };
     let (client, asked) =
         server(refusal(500), (200, json!({ "kind": "Status", "apiVersion": "v1", "status": "Success" })));
     assert_eq!(perform(&client, &policy(), &step).await.unwrap(), Outcome::Done);
-    let asked = asked.lock().unwrap();
+    let asked = asked.lock().unwrap().clone();
     let [(delete, body)] = &asked[..] else { unreachable!("{asked:?}") };
     assert!(delete.starts_with("DELETE "), "{delete}");
-    assert_eq!(body["preconditions"]["uid"], "42");
+    assert_eq!(body["preconditions"], json!({ "uid": "42", "resourceVersion": "11" }));
 
     for code in [404, 409] {
         let (client, _) = server(refusal(500), refusal(code));
@@ -138,7 +151,7 @@ async fn a_status_is_written_on_the_version_it_was_decided_on() {
     let status = StatefulSetBackupPolicyStatus { matched: 3, ..Default::default() };
     let (client, asked) = server(refusal(500), (200, json!(*policy.object)));
     assert_eq!(write_status(&client, &policy.object, &status).await.unwrap(), Outcome::Done);
-    let asked = asked.lock().unwrap();
+    let asked = asked.lock().unwrap().clone();
     let [(patch, body)] = &asked[..] else { unreachable!("{asked:?}") };
     assert!(patch.contains("/statefulsetbackuppolicies/gold/status?"), "{patch}");
     assert_eq!(body[0]["value"], "41");

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use jiff::Timestamp;
 use sts_backup_api::conditions::{
     self, APPLIED, HOOK_PROFILE_NOT_FOUND, INVALID_SCHEDULE, INVALID_SELECTOR, NAME_TAKEN, READY,
+    WAITING,
 };
 use sts_backup_api::coverage::SetName;
 use sts_backup_api::policy::{
@@ -26,6 +27,10 @@ const NAMED: usize = 5;
 pub(super) struct Results {
     /// The steps that are done.
     pub(super) done: BTreeSet<usize>,
+    /// Those that were done before, without that it was seen yet.
+    pub(super) done_before: BTreeSet<usize>,
+    /// Some were for objects that had changed since they were looked at.
+    pub(super) is_outdated: bool,
     /// Those that failed, now or before, and why.
     pub(super) failed: BTreeMap<usize, String>,
 }
@@ -37,7 +42,8 @@ pub(super) fn next_status(
     now: Timestamp,
 ) -> StatefulSetBackupPolicyStatus {
     let policy = &plan.policy.object;
-    let written: BTreeSet<&Key> = results.done.iter().map(|at| plan.steps[*at].key()).collect();
+    let written = results.done.iter().chain(&results.done_before).map(|at| plan.steps[*at].key());
+    let written: BTreeSet<&Key> = written.collect();
     let unprotected: Vec<SetName<'_>> = plan
         .selected
         .iter()
@@ -80,7 +86,11 @@ pub(super) fn next_status(
         Some(problem) => set(READY, false, problem.reason, &problem.message),
         None => set(READY, true, "Usable", "the spec can be used"),
     }
-    let (is_applied, reason, message) = applied(plan, results, &written);
+    let (is_applied, reason, mut message) = applied(plan, results, &written);
+    if let Some(more) = left_to_idle(plan) {
+        message.push_str("; ");
+        message.push_str(&more);
+    }
     set(APPLIED, is_applied, reason, &message);
     status
 }
@@ -88,9 +98,9 @@ pub(super) fn next_status(
 fn is_protected(selected: &Selected<'_>, written: &BTreeSet<&Key>) -> bool {
     let Selected { set, verdict, protected_otherwise } = selected;
     let by_own = match verdict {
-        Verdict::Backed { suspended } => !suspended,
-        Verdict::Write { name, exists, suspended } => {
-            !suspended && (*exists || written.contains(&(set.namespace.to_owned(), name.clone())))
+        Verdict::Backed { idle } => !idle,
+        Verdict::Write { name, exists, idle } => {
+            !idle && (*exists || written.contains(&(set.namespace.to_owned(), name.clone())))
         }
         Verdict::Unusable
         | Verdict::Yields { .. }
@@ -156,9 +166,33 @@ fn applied(
     if !waiting.is_empty() {
         let message =
             format!("an earlier backup is still to go, or changed meanwhile, of {}", some(&waiting));
-        return (false, "Waiting", message);
+        return (false, WAITING, message);
     }
     (true, "Applied", "every StatefulSet that is this policy's has its backup".to_owned())
+}
+
+/// Which `StatefulSets` are left to backups that somebody wrote by hand, and that protect nothing.
+fn left_to_idle(plan: &PolicyPlan<'_>) -> Option<String> {
+    let is_left = |selected: &&Selected<'_>| {
+        matches!(selected.verdict, Verdict::HandWritten { idle: true, .. }) && !selected.protected_otherwise
+    };
+    let left: Vec<SetName<'_>> = plan.selected.iter().filter(is_left).map(|selected| selected.set).collect();
+    if left.is_empty() {
+        return None;
+    }
+    Some(format!(
+        "{} left to backups written by hand that begin no runs by themselves, and not protected: {}; schedule, \
+         resume or delete these",
+        left.len(),
+        some(&left)
+    ))
+}
+
+/// The Event about `StatefulSets` that are left to backups that protect nothing, unless the status said so before.
+pub(super) fn idle_note(plan: &PolicyPlan<'_>, old: &StatefulSetBackupPolicyStatus) -> Option<Note> {
+    let said = conditions::find(&old.conditions, APPLIED).map_or("", |condition| &condition.message);
+    let left = left_to_idle(plan).filter(|left| !said.contains(left))?;
+    Some(Note::warning("Unscheduled", "Select", left))
 }
 
 /// The Events about what was written.

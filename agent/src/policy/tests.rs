@@ -1,7 +1,7 @@
 //! The decisions as tables, and under every interleaving of changes, crashes and caches that lag: a model of the
 //! cluster, driven at random, with the invariants checked after each write.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use jiff::Timestamp;
@@ -15,8 +15,9 @@ use sts_backup_api::policy::{StatefulSetBackupPolicy, StatefulSetBackupPolicySta
 
 use super::decide::{PolicyPlan, Step, Verdict, next_policy_steps};
 use super::observe::{BackupFacts, Key, NamespaceFacts, PolicyFacts, SetFacts, World, backup_facts};
-use super::perform::manifest;
-use super::status::{Results, change_notes, next_status, write_notes};
+use super::perform::{Outcome, manifest};
+use super::status::{Results, change_notes, idle_note, next_status, write_notes};
+use super::take_down;
 use crate::config::HookProfile;
 
 /// A cluster that a test describes, and that obeys the steps as the API server does.
@@ -91,6 +92,12 @@ impl Cluster {
         self
     }
 
+    /// Its runs begin by themselves.
+    pub(super) fn scheduled(mut self, path: &str) -> Self {
+        Arc::make_mut(&mut self.backup_mut(path).object).spec.schedule = Some("@daily".to_owned());
+        self
+    }
+
     fn policy(mut self, name: &str, spec: &Value) -> Self {
         self.write_policy(name, spec);
         self
@@ -143,7 +150,7 @@ impl Cluster {
         let is_this = |uid: &String, at: usize| self.facts.backups[at].uid == *uid;
         match (step, at) {
             (Step::Create(wanted), None) => self.add(&manifest(policy, wanted, None)),
-            (Step::Update { wanted, uid }, Some(at)) if is_this(uid, at) => {
+            (Step::Update { wanted, uid, .. }, Some(at)) if is_this(uid, at) => {
                 let old = self.facts.backups.remove(at);
                 let applied = manifest(policy, wanted, Some(uid));
                 let mut object = self.foreign.get(uid).cloned().unwrap_or_else(|| json!({}));
@@ -362,9 +369,9 @@ fn of_two_policies_the_one_with_the_higher_priority_backs_up_and_both_say_so() {
         .namespace("shop", &[])
         .set("shop/db", &[])
         .policy("b-silver", &daily())
-        .policy("c-gold", &json!({ "priority": 5, "template": { "spec": {} } }));
+        .policy("c-gold", &json!({ "priority": 5, "template": { "spec": { "schedule": "@hourly" } } }));
     cluster.settle();
-    assert_eq!(cluster.backups(), [(made("c-gold", "shop/db"), String::new())].into());
+    assert_eq!(cluster.backups(), [(made("c-gold", "shop/db"), "@hourly".to_owned())].into());
     for (policy, other, prevails, protected) in
         [("b-silver", "c-gold", true, 1), ("c-gold", "b-silver", false, 1)]
     {
@@ -405,7 +412,7 @@ fn a_backup_written_by_hand_protects_only_while_it_meets_the_rpo() {
         (Some("24h"), None, 0, 1),
         (Some("24h"), Some("2026-01-08T23:59:59Z"), 0, 1),
         (Some("24h"), Some("2026-01-09T00:00:01Z"), 1, 0),
-        (None, None, 1, 0),
+        (None, Some("2026-01-09T00:00:01Z"), 0, 0),
     ] {
         let mut policy = daily();
         policy["rpo"] = json!(rpo);
@@ -420,7 +427,120 @@ fn a_backup_written_by_hand_protects_only_while_it_meets_the_rpo() {
         assert_eq!(status.first_unprotected, names(1 - protected));
         assert_eq!(status.first_overdue, names(overdue));
         assert!(cluster.plans()[0].steps.is_empty());
+
+        // It is left alone as long as it is there, and the status and an Event say what that costs.
+        let (is_so, _, message) = condition(&status, APPLIED);
+        assert_eq!(is_so, "True");
+        assert_eq!(message.contains("1 left to backups written by hand"), protected == 0, "{message}");
+        let note = idle_note(&cluster.plans()[0], &StatefulSetBackupPolicyStatus::default());
+        let said = note.map(|note| (note.kind, note.message.contains("shop/db")));
+        assert_eq!(said, (protected == 0).then_some(("Warning", true)));
+        assert_eq!(idle_note(&cluster.plans()[0], &status), None, "it is said once");
     }
+}
+
+#[test]
+fn a_scheduled_backup_written_by_hand_needs_no_rpo_and_one_beside_it_is_no_matter() {
+    let mut cluster = world()
+        .namespace("shop", &[])
+        .set("shop/db", &[])
+        .by_hand("shop/a-now-and-then", "db", None)
+        .by_hand("shop/nightly", "db", None)
+        .policy("gold", &daily());
+    cluster = cluster.scheduled("shop/nightly");
+    let status = cluster.status("gold");
+    assert_eq!((status.matched, status.protected), (1, 1));
+    assert_eq!(idle_note(&cluster.plans()[0], &StatefulSetBackupPolicyStatus::default()), None);
+}
+
+#[test]
+fn a_backup_of_a_template_without_a_schedule_protects_while_it_meets_the_rpo() {
+    let policy = json!({ "rpo": "24h", "template": { "spec": {} } });
+    let mut cluster = world().namespace("shop", &[]).set("shop/db", &[]).policy("gold", &policy);
+    cluster.settle();
+    assert_eq!(cluster.status("gold").protected, 0);
+    cluster.facts.backups[0].newest = Some("2026-01-09T00:00:01Z".parse().unwrap());
+    assert_eq!(cluster.status("gold").protected, 1);
+    assert_eq!(cluster.plans()[0].look_again, Some("2026-01-10T00:00:01Z".parse().unwrap()));
+}
+
+/// Writes an owner on a backup.
+fn own(cluster: &mut Cluster, path: &str, owner: &str) {
+    cluster.backup_mut(path).owner = Some(owner.to_owned());
+}
+
+#[test]
+fn a_surplus_backup_of_another_policy_takes_nothing_from_the_first_one() {
+    let mut cluster =
+        world().namespace("shop", &[]).set("shop/db", &[]).policy("gold", &daily()).policy("silver", &daily());
+    cluster.settle();
+    let silver = cluster.facts.policies[1].uid.clone();
+    cluster = cluster.by_hand("shop/surplus", "db", None);
+    own(&mut cluster, "shop/surplus", &silver);
+    let plans = cluster.plans();
+    let of = |name: &str| plans.iter().find(|plan| plan.policy.name == name).unwrap();
+    assert_eq!(of("gold").steps, []);
+    assert_eq!(of("gold").selected[0].verdict, Verdict::Backed { idle: false });
+    assert!(matches!(of("silver").steps[..], [Step::Delete { .. }]), "it is its owner's to delete");
+    cluster.settle();
+    assert_eq!(cluster.backups().into_keys().collect::<Vec<_>>(), [made("gold", "shop/db")]);
+}
+
+#[test]
+fn an_owner_that_is_no_policy_makes_a_backup_one_written_by_hand() {
+    let mut cluster = world()
+        .namespace("shop", &[])
+        .set("shop/db", &[])
+        .by_hand("shop/mine", "db", None)
+        .policy("gold", &daily());
+    own(&mut cluster, "shop/mine", "uid-of-nobody");
+    let plans = cluster.plans();
+    assert_eq!(plans[0].steps, []);
+    let verdict = &plans[0].selected[0].verdict;
+    assert!(matches!(verdict, Verdict::HandWritten { idle: true, .. }), "{verdict:?}");
+}
+
+fn update(version: &str) -> Step {
+    let mut cluster = world().namespace("shop", &[]).set("shop/db", &[]).policy("gold", &daily());
+    cluster.settle();
+    cluster.write_policy("gold", &json!({ "template": { "spec": { "schedule": "@hourly" } } }));
+    Arc::make_mut(&mut cluster.facts.backups[0].object).metadata.resource_version = Some(version.to_owned());
+    cluster.plans().remove(0).steps.remove(0)
+}
+
+#[test]
+fn an_update_that_does_not_take_is_a_failure_that_waits_longer_each_time() {
+    let step = update("12");
+    assert!(matches!(&step, Step::Update { version: Some(version), .. } if version == "12"), "{step:?}");
+    let mut failures = HashMap::new();
+    for times in 1..4 {
+        let mut results = Results::default();
+        assert!(!take_down(&mut results, &mut failures, (0, &step), Ok(Outcome::Unchanged)));
+        assert!(results.failed[&0].contains("mutating webhook") && results.done.is_empty());
+        let failure = &failures[step.key()];
+        assert_eq!((failure.times, failure.hash.as_deref()), (times, step.hash()));
+    }
+    let mut results = Results::default();
+    assert!(take_down(&mut results, &mut failures, (0, &step), Ok(Outcome::Done)));
+    assert!(results.done.contains(&0) && failures.is_empty());
+}
+
+#[test]
+fn what_was_created_before_is_there_without_an_event() {
+    let cluster = world().namespace("shop", &[]).set("shop/db", &[]).policy("gold", &daily());
+    let plans = cluster.plans();
+    let (mut results, mut failures) = (Results::default(), HashMap::new());
+    let step = (0, &plans[0].steps[0]);
+    assert!(take_down(&mut results, &mut failures, step, Ok(Outcome::Unchanged)));
+    assert!(failures.is_empty());
+    assert_eq!(write_notes(&plans[0], &results), []);
+    let status = next_status(&plans[0], &results, now());
+    assert_eq!((status.protected, condition(&status, APPLIED).0.as_str()), (1, "True"));
+
+    let mut results = Results::default();
+    assert!(take_down(&mut results, &mut failures, step, Ok(Outcome::Outdated)));
+    assert!(results.is_outdated && results.failed.is_empty());
+    assert_eq!(next_status(&plans[0], &results, now()).protected, 0);
 }
 
 #[test]
@@ -538,7 +658,11 @@ fn what_the_template_leaves_open_others_may_set() {
 #[test]
 fn a_status_names_some_and_counts_all() {
     let mut cluster =
-        world().namespace("shop", &[]).policy("gold", &json!({ "rpo": "24h", "template": { "spec": {} } }));
+        world().namespace("shop", &[]).policy("gold", &{
+            let mut policy = daily();
+            policy["rpo"] = json!("24h");
+            policy
+        });
     for at in 0..100 {
         cluster = cluster.set(&format!("shop/s{at:03}"), &[]);
     }

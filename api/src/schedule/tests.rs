@@ -83,6 +83,22 @@ fn schedules_are_read_as_in_a_cronjob() {
 }
 
 #[test]
+fn a_run_begins_after_a_time_at_the_next_slot_and_the_offset() {
+    let office_hours = timetable("0 9 * * 1-5", "Europe/Berlin");
+    // 2026-03-27 is a Friday, and clocks change on Sunday.
+    let friday = at("2026-03-27T08:00:00Z");
+    assert_eq!(office_hours.after(at("2026-03-27T07:59:59Z")), Some(friday));
+    let monday = office_hours.after(friday).unwrap();
+    assert_eq!(monday, at("2026-03-30T07:00:00Z"));
+    assert_eq!(office_hours.after(monday), Some(at("2026-03-31T07:00:00Z")));
+
+    let late = Timetable { offset: 600, ..timetable("@hourly", "") };
+    let first = at("2026-01-01T00:10:00Z");
+    assert_eq!(late.after(at("2026-01-01T00:09:59Z")), Some(first));
+    assert_eq!(late.after(first), Some(at("2026-01-01T01:10:00Z")));
+}
+
+#[test]
 fn what_cannot_be_read_is_refused_with_what_to_write_instead() {
     for (schedule, reason) in [
         (

@@ -1,5 +1,5 @@
-//! Who may not exec in pods does not get there by a backup's hooks: the chart's admission policies, as the API server
-//! of the first cluster carries them out.
+//! Who may not exec in pods, or delete snapshots, does not get there by a backup's hooks or status: the chart's admission
+//! policies, as the API server of the first cluster carries them out.
 
 use anyhow::{Context, Result, ensure};
 use kube::Api;
@@ -141,31 +141,64 @@ async fn hooks_of_a_policy_are_admitted_only_of_who_may_exec_everywhere() -> Res
     .await
 }
 
-/// What a run still owes to pods is run from the status.
+/// What a run still owes to pods is run from the status, and the snapshots that it names are deleted.
 #[tokio::test]
 #[ignore = "needs clusters: cargo e2e test"]
-async fn who_may_not_exec_cannot_write_into_the_status_what_is_run_in_pods() -> Result<()> {
+async fn the_status_of_runs_is_admitted_only_of_who_may_do_what_the_agent_does_by_it() -> Result<()> {
     with_writer(async |writer, own, _| {
         create(own, &backup(None, &json!({}))).await?;
         writer.grant(own, GROUP, "statefulsetbackups/status", &["patch"]).await?;
         let backups: Api<StatefulSetBackup> = Api::namespaced(writer.client(), own.name());
-        let owed = json!({ "status": { "currentRun": {
-            "id": "20260102-030405-0badcafe",
-            "slot": { "due": "Request", "value": "now", "attempt": 1 },
-            "started": "2026-01-02T03:04:05.000000Z",
-            "step": "Thawing",
-            "pods": [],
-            "thawHook": { "command": ["id"] },
-        } } });
-        // Refused as a whole, and nothing of it is stored.
-        let dry_run = PatchParams { dry_run: true, ..PatchParams::default() };
-        let answer = backups.patch_status("nightly", &dry_run, &Patch::Merge(&owed)).await;
-        match answer {
-            Err(kube::Error::Api(status)) if status.code == 403 => {
-                ensure_names(Some(status.message), writer, own)
+        let run = |more: Value| {
+            let mut run = json!({
+                "id": "20260102-030405-0badcafe",
+                "slot": { "due": "Request", "value": "now", "attempt": 1 },
+                "started": "2026-01-02T03:04:05.000000Z",
+            });
+            for (key, value) in more.as_object().into_iter().flatten() {
+                run[key] = value.clone();
             }
-            other => anyhow::bail!("it was answered by {other:?}"),
+            run
+        };
+        let cleaning = json!({ "currentRun": run(json!({ "step": "CleaningUp" })) });
+        let failed = json!({ "durationMs": 1, "result": "Failed", "reason": "Failed", "message": "" });
+        let history = json!({ "history": [run(failed)] });
+        let owed = json!({ "step": "Thawing", "pods": [], "thawHook": { "command": ["id"] } });
+        let owed = json!({ "currentRun": run(owed) });
+        // Refused as a whole; and nothing is stored of what is admitted.
+        let dry_run = PatchParams { dry_run: true, ..PatchParams::default() };
+        let refusal = async |status: &Value| -> Result<Option<String>> {
+            let patch = Patch::Merge(json!({ "status": status }));
+            match backups.patch_status("nightly", &dry_run, &patch).await {
+                Ok(_) => Ok(None),
+                Err(kube::Error::Api(said)) if said.code == 403 => Ok(Some(said.message)),
+                Err(other) => Err(other).with_context(|| status.to_string()),
+            }
+        };
+
+        let said = refusal(&json!({ "missedRuns": 1 })).await?;
+        ensure!(said.is_none(), "no run, no question: {said:?}");
+        for status in [&cleaning, &history, &owed] {
+            let said = refusal(status).await?.with_context(|| format!("{status} was admitted"))?;
+            let reason = format!(
+                "in namespace {}, where {} may not delete volumesnapshots.snapshot.storage.k8s.io",
+                own.name(),
+                writer.name()
+            );
+            ensure!(said.contains(&reason), "{said}");
         }
+
+        writer.grant(own, "snapshot.storage.k8s.io", "volumesnapshots", &["delete"]).await?;
+        for status in [&cleaning, &history] {
+            let said = refusal(status).await?;
+            ensure!(said.is_none(), "{said:?}");
+        }
+        ensure_names(refusal(&owed).await?, writer, own)?;
+
+        writer.grant(own, "", "pods/exec", &["create"]).await?;
+        let said = refusal(&owed).await?;
+        ensure!(said.is_none(), "{said:?}");
+        Ok(())
     })
     .await
 }

@@ -152,11 +152,56 @@ async fn who_writes_hooks_is_asked_for_exec_unless_the_policies_are_not_wanted()
     let status = "statefulsetbackups/status UPDATE";
     let by_default = judged(json!({})).await?;
     ensure!(by_default == [backups, status, policies], "{by_default:?}");
-    // An agent that may not exec would be refused its own status.
     let without_hooks = judged(json!({ "hooks": { "enabled": false } })).await?;
-    ensure!(without_hooks == [backups, policies], "{without_hooks:?}");
+    ensure!(without_hooks == by_default, "{without_hooks:?}");
     let unwanted = judged(json!({ "admissionPolicy": { "create": false } })).await?;
     ensure!(unwanted.is_empty(), "{unwanted:?}");
+    Ok(())
+}
+
+/// The spec of an admission policy of a rendered chart, by the beginning of its name.
+async fn admission_policy(values: &Value, name: &str) -> Result<Value> {
+    let objects = objects(values).await?;
+    let is_it = |object: &&Value| {
+        let is_named = object["metadata"]["name"].as_str().is_some_and(|full| full.starts_with(name));
+        object["kind"] == "ValidatingAdmissionPolicy" && is_named
+    };
+    Ok(objects.iter().find(is_it).with_context(|| format!("no {name}"))?["spec"].clone())
+}
+
+/// Where it may not exec, the backups of policies with hooks would not even be there to say so.
+#[tokio::test]
+#[ignore = "needs helm: cargo e2e test"]
+async fn the_agent_is_not_asked_for_exec_when_it_writes_the_backups_of_policies() -> Result<()> {
+    for (values, account) in [
+        (json!({}), "system:serviceaccount:backups:sts-backup-agent"),
+        (json!({ "hooks": { "enabled": false } }), "system:serviceaccount:backups:sts-backup-agent"),
+        (
+            json!({ "serviceAccount": { "create": false, "name": "other" } }),
+            "system:serviceaccount:backups:other",
+        ),
+    ] {
+        let spec = admission_policy(&values, "backup-hooks.").await?;
+        let condition = &spec["matchConditions"][0]["expression"];
+        ensure!(*condition == format!("request.userInfo.username != '{account}'"), "{values}: {condition}");
+    }
+    Ok(())
+}
+
+/// An agent that may not exec would be refused its own status.
+#[tokio::test]
+#[ignore = "needs helm: cargo e2e test"]
+async fn who_writes_the_status_of_runs_is_asked_for_exec_only_where_the_agent_may() -> Result<()> {
+    for (enabled, verbs) in [(true, &["delete", "create"][..]), (false, &["delete"])] {
+        let values = json!({ "hooks": { "enabled": enabled } });
+        let spec = admission_policy(&values, "run-status.").await?;
+        let validations = spec["validations"].as_array().context("it validates nothing")?;
+        let asked = validations.iter().map(|validation| {
+            let (_, verb) = validation["expression"].as_str()?.split_once(".check('")?;
+            Some(verb.split_once('\'')?.0)
+        });
+        ensure!(asked.eq(verbs.iter().map(|verb| Some(*verb))), "{validations:#?}");
+    }
     Ok(())
 }
 

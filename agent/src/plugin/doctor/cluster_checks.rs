@@ -5,7 +5,10 @@ use std::collections::BTreeMap;
 use jiff::Timestamp;
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::coordination::v1::Lease;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use kube::ResourceExt;
+use sts_backup_api::conditions::{self, APPLIED, READY, WAITING};
+use sts_backup_api::policy::StatefulSetBackupPolicy;
 use sts_backup_api::snapshot::{DEFAULT_CLASS_ANNOTATION, VolumeSnapshotClass};
 
 use super::observe::{ClusterFacts, LEASE};
@@ -18,7 +21,7 @@ const OURS: &str = "backup.sts-backup.io/v1alpha1";
 
 /// The kinds that backups need, by group and version.
 pub(super) const NEEDED_KINDS: [(&str, &[&str]); 2] = [
-    (OURS, &["statefulsetbackups"]),
+    (OURS, &["statefulsetbackups", "statefulsetbackuppolicies"]),
     ("snapshot.storage.k8s.io/v1", &["volumesnapshots", "volumesnapshotcontents", "volumesnapshotclasses"]),
 ];
 
@@ -38,12 +41,13 @@ pub(super) struct ServedKinds {
 
 /// Everything that is checked once.
 pub(super) fn check_cluster(facts: &ClusterFacts, now: Timestamp) -> Vec<Finding> {
-    let ClusterFacts { served, leases, deployments, daemon_sets, stateful_sets, classes } = facts;
+    let ClusterFacts { served, leases, deployments, daemon_sets, stateful_sets, classes, policies } = facts;
     let mut findings: Vec<_> = served.iter().map(check_kinds).collect();
     findings.extend(check_agent(leases, deployments, now));
     findings.push(check_snapshot_controller(deployments));
     findings.extend(check_classes(classes));
     findings.extend(check_sidecars(deployments, daemon_sets, stateful_sets));
+    findings.extend(check_policies(policies));
     findings
 }
 
@@ -74,6 +78,33 @@ fn check_kinds(served: &ServedKinds) -> Finding {
         "install the CRDs and the snapshot-controller of github.com/kubernetes-csi/external-snapshotter, once a cluster"
     };
     Finding::fail(object, format!("not installed: {}", missing.join(", ")), remedy)
+}
+
+/// Whether policies do what they are for.
+fn check_policies(policies: &Read<Vec<StatefulSetBackupPolicy>>) -> Vec<Finding> {
+    match policies {
+        Ok(policies) => policies.iter().flat_map(check_policy).collect(),
+        Err(why) => vec![Finding::unread("StatefulSetBackupPolicies", why)],
+    }
+}
+
+fn check_policy(policy: &StatefulSetBackupPolicy) -> Vec<Finding> {
+    let name = policy.name_any();
+    let object = format!("StatefulSetBackupPolicy {name}");
+    let conditions = policy.status.as_ref().map(|status| &status.conditions[..]).unwrap_or_default();
+    let bad = |type_| conditions::find(conditions, type_).filter(|condition| condition.status == "False");
+    // That the spec cannot be used is why nothing is applied.
+    let Some(condition) = bad(READY).or_else(|| bad(APPLIED)) else {
+        return vec![Finding::ok(object, "its conditions are good")];
+    };
+    let Condition { type_, reason, message, .. } = condition;
+    // What is waited for comes and goes.
+    let finding = if reason == WAITING { Finding::warn } else { Finding::fail };
+    vec![finding(
+        object,
+        format!("{type_} is False: {reason}: {message}"),
+        format!("kubectl describe statefulsetbackuppolicy {name}"),
+    )]
 }
 
 fn check_agent(

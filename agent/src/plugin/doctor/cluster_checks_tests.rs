@@ -147,6 +147,42 @@ fn every_driver_has_one_default_class() {
 }
 
 #[test]
+fn a_policy_that_does_not_do_its_work_says_why() {
+    let check = |conditions: &[(&str, &str, &str)]| {
+        let conditions: Vec<Value> = conditions
+            .iter()
+            .map(|(type_, status, reason)| {
+                json!({
+                    "type": type_, "status": status, "reason": reason, "message": "so it is",
+                    "lastTransitionTime": "2026-02-03T00:00:00Z",
+                })
+            })
+            .collect();
+        let policy = json!({
+            "metadata": { "name": "gold" }, "spec": { "template": { "spec": {} } },
+            "status": { "conditions": conditions },
+        });
+        summary(&check_policies(&Ok(vec![serde_json::from_value(policy).unwrap()])))
+    };
+    let said = |level, what: &str| [(level, format!("StatefulSetBackupPolicy gold: {what}"))];
+    let good = said(Level::Ok, "its conditions are good");
+    assert_eq!(check(&[("Ready", "True", "Usable"), ("Applied", "True", "Applied")]), good);
+    assert_eq!(check(&[]), good);
+    assert_eq!(
+        check(&[("Ready", "False", "InvalidSchedule"), ("Applied", "False", "InvalidSchedule")]),
+        said(Level::Fail, "Ready is False: InvalidSchedule: so it is")
+    );
+    assert_eq!(
+        check(&[("Ready", "True", "Usable"), ("Applied", "False", "NameTaken")]),
+        said(Level::Fail, "Applied is False: NameTaken: so it is")
+    );
+    assert_eq!(
+        check(&[("Ready", "True", "Usable"), ("Applied", "False", "Waiting")]),
+        said(Level::Warn, "Applied is False: Waiting: so it is")
+    );
+}
+
+#[test]
 fn what_may_not_be_read_is_a_warning_and_backups_are_still_looked_at() {
     let no = || "you may not".to_owned();
     let facts = ClusterFacts {
@@ -156,9 +192,10 @@ fn what_may_not_be_read_is_a_warning_and_backups_are_still_looked_at() {
         daemon_sets: Err(no()),
         stateful_sets: Err(no()),
         classes: Err(no()),
+        policies: Err(no()),
     };
     let findings = check_cluster(&facts, now());
-    assert_eq!(findings.len(), 7);
+    assert_eq!(findings.len(), 8);
     assert!(findings.iter().all(|finding| finding.level == Level::Warn), "{findings:?}");
     assert!(serves_backups(&facts));
     let absent =

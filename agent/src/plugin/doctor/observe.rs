@@ -11,6 +11,7 @@ use kube::api::{ListParams, PostParams};
 use kube::{Api, Resource, ResourceExt};
 use serde::de::DeserializeOwned;
 use sts_backup_api::backup::StatefulSetBackup;
+use sts_backup_api::policy::StatefulSetBackupPolicy;
 use sts_backup_api::snapshot::VolumeSnapshotClass;
 
 use super::Read;
@@ -36,6 +37,7 @@ pub(super) struct ClusterFacts {
     pub(super) daemon_sets: Read<Vec<DaemonSet>>,
     pub(super) stateful_sets: Read<Vec<StatefulSet>>,
     pub(super) classes: Read<Vec<VolumeSnapshotClass>>,
+    pub(super) policies: Read<Vec<StatefulSetBackupPolicy>>,
 }
 
 /// Reads the `StatefulSet` that a backup names as the agent's preflight does.
@@ -97,6 +99,16 @@ pub(super) async fn cluster_facts(cluster: &Cluster) -> ClusterFacts {
         daemon_sets: read_all(cluster).await,
         stateful_sets: read_all(cluster).await,
         classes: read(&classes, &ListParams::default()).await,
+        policies: policies(cluster).await,
+    }
+}
+
+async fn policies(cluster: &Cluster) -> Read<Vec<StatefulSetBackupPolicy>> {
+    let api: Api<StatefulSetBackupPolicy> = Api::all(cluster.client());
+    match list_all(&api, &ListParams::default(), "list StatefulSetBackupPolicies").await {
+        // That the kind is missing is a finding of its own.
+        Err(Error::NotServed { .. }) => Ok(Vec::new()),
+        listed => listed.map_err(|err| err.brief()),
     }
 }
 
