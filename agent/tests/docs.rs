@@ -19,7 +19,8 @@ struct Group {
 
 #[derive(Deserialize)]
 struct Alert {
-    alert: String,
+    #[serde(rename = "alert")]
+    name: String,
     expr: String,
     labels: Labels,
     annotations: Annotations,
@@ -64,7 +65,7 @@ fn every_alert_has_a_runbook_and_every_runbook_an_alert() {
     let page = read("docs/alerts.md");
     let runbooks: Vec<&str> = page.lines().filter_map(|line| line.strip_prefix("## ")).collect();
     let alerts = alerts();
-    let names: Vec<&str> = alerts.iter().map(|alert| alert.alert.as_str()).collect();
+    let names: Vec<&str> = alerts.iter().map(|alert| alert.name.as_str()).collect();
     assert_eq!(names, runbooks);
     for Alert { alert, labels: Labels { severity }, annotations, .. } in &alerts {
         let Annotations { runbook_url, summary, description } = annotations;
@@ -82,7 +83,7 @@ fn every_alert_has_a_runbook_and_every_runbook_an_alert() {
 
 #[test]
 fn alerts_speak_of_metrics_that_the_docs_list() {
-    /// What else is in the expressions: words of PromQL, and labels.
+    /// What else is in the expressions: words of `PromQL`, and labels.
     const WORDS: [&str; 18] = [
         "absent",
         "and",
@@ -140,7 +141,7 @@ fn docs_name_subcommands_that_the_plugin_has() {
     let names = lines.filter_map(|line| line.strip_prefix("  ")?.split(' ').next());
     let known: BTreeSet<&str> = names.filter(|name| !name.is_empty()).collect();
     assert!(known.contains("describe") && known.contains("run"), "{known:?}");
-    let mut named = 0;
+    let mut count = 0;
     for (path, page) in pages() {
         for rest in page.split("kubectl stsbackup ").skip(1) {
             let is_name = |letter: char| letter.is_ascii_lowercase() || letter == '-';
@@ -150,10 +151,10 @@ fn docs_name_subcommands_that_the_plugin_has() {
                 continue;
             }
             assert!(known.contains(name), "{}: the plugin has no {name}: {known:?}", path.display());
-            named += 1;
+            count += 1;
         }
     }
-    assert!(named > 10, "only {named} are named");
+    assert!(count > 10, "only {count} are named");
 }
 
 /// The code of a folder, tests that lie beside it included.

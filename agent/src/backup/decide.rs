@@ -190,10 +190,7 @@ fn without_run(facts: &BackupFacts, now: Timestamp) -> BackupStep {
     if missed.latest.is_some() {
         return BackupStep::Skip { missed, why: Skipped::TooLate };
     }
-    match pruned(facts, now) {
-        Some(point) if !facts.is_pruning_refused => BackupStep::Prune(point),
-        Some(_) | None => idle(Idle::NothingDue),
-    }
+    pruned(facts, now).map_or_else(|| idle(Idle::NothingDue), BackupStep::Prune)
 }
 
 /// The oldest recovery point that goes.
@@ -206,7 +203,7 @@ fn pruned(facts: &BackupFacts, now: Timestamp) -> Option<Pruned> {
         in_use.filter_map(|snapshot| Some(RunId::from(snapshot.labels().get(RUN_LABEL)?.clone()))).collect();
     let verdicts = judge(facts.spec.retention_policy.as_ref(), &zone, &points, &in_use, now);
     let goes = points.iter().zip(verdicts).filter(|(_, verdict)| !verdict.keep);
-    let (point, verdict) = goes.filter(|(point, _)| !is_damaged(facts, point)).last()?;
+    let (point, verdict) = goes.rev().find(|(point, _)| !is_damaged(facts, point))?;
     let members = facts.snapshots_of(&point.id);
     let members = members.iter().filter(|(_, snapshot)| snapshot.metadata.deletion_timestamp.is_none());
     let doomed = members.map(|(name, snapshot)| Doomed {

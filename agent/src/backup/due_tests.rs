@@ -28,7 +28,6 @@ fn nightly() -> BackupFacts {
         in_section: false,
         target: Target::Exists,
         busy_with: None,
-        is_pruning_refused: false,
         snapshots: None,
     }
 }

@@ -38,7 +38,7 @@ use kube::{Api, ResourceExt};
 use rand::Rng;
 use sts_backup_api::backup::{StatefulSetBackup, StatefulSetBackupStatus};
 use sts_backup_api::names::FIELD_MANAGER;
-use sts_backup_api::run::RunStep;
+use sts_backup_api::run::{CurrentRun, RunStep};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tokio_util::sync::CancellationToken;
@@ -46,7 +46,7 @@ use tokio_util::task::TaskTracker;
 use tracing::{debug, error, info, warn};
 
 use self::context::{Context, set_name};
-use self::decide::{BackupStep, Pruned, Wait, next_backup_step};
+use self::decide::{BackupStep, Idle, Pruned, Wait, next_backup_step};
 use self::error::{Error, Result};
 use self::metrics::BackupMetrics;
 use self::observe::{BackupFacts, observe};
@@ -169,7 +169,6 @@ async fn next_steps(cached: &StatefulSetBackup, cx: &Arc<Context>) -> Result<Act
         cx.vacate(cached);
         return Ok(Action::await_change());
     };
-    let mut is_pruning_refused = false;
     loop {
         if cx.stop.is_cancelled() || !cx.leadership.is_held() {
             return Ok(Action::await_change());
@@ -181,7 +180,6 @@ async fn next_steps(cached: &StatefulSetBackup, cx: &Arc<Context>) -> Result<Act
         }
         let busy_with = if is_idle { cx.busy_with(&backup) } else { None };
         let facts = observe(&cx.client, &backup, is_in_section(), busy_with).await?;
-        let facts = BackupFacts { is_pruning_refused, ..facts };
         let now = clock::now();
         let step = next_backup_step(&facts, now);
         debug!(?step, "decided");
@@ -222,25 +220,17 @@ async fn next_steps(cached: &StatefulSetBackup, cx: &Arc<Context>) -> Result<Act
                 perform::delete_snapshots(&cx.client, facts.target_namespace(), late).await?;
                 warn!(snapshots = late.len(), "snapshots that came after their run had failed are deleted");
             }
-            BackupStep::Prune(point) => is_pruning_refused = !prune(cx, &backup, &facts, point).await,
-            BackupStep::Freeze(run) => {
-                if let Err(limit) = cx.admit(&backup, run) {
-                    let step = BackupStep::Wait { why: Wait::NoRoom { limit }, until: None };
-                    let written = write(cx, &backup, &facts, &step, now).await?;
+            BackupStep::Prune(point) => {
+                if !prune(cx, &backup, &facts, point).await {
+                    let written =
+                        write(cx, &backup, &facts, &BackupStep::Idle(Idle::NothingDue), now).await?;
                     return Ok(wake(&written, None, now));
                 }
-                let claims = snapshot::claim_manifests(&cx.client, facts.target_namespace(), run).await?;
-                // Reading may have taken long, and the freeze counts from its record.
-                let now = clock::now();
-                let step = next_backup_step(&facts, now);
-                let BackupStep::Freeze(run) = &step else { continue };
-                backup = write(cx, &backup, &facts, &step, now).await?;
-                crash_point!("after-duty");
-                let (namespace, run) = (facts.target_namespace().to_owned(), run.clone());
-                spawn_section(cx, backup, move |cx, backup, cancel| async move {
-                    Section { cx, backup, namespace, claims, cancel }.run(run).await
-                });
-                return Ok(Action::await_change());
+            }
+            BackupStep::Freeze(run) => {
+                if let Some(action) = freeze(cx, &backup, &facts, run).await? {
+                    return Ok(action);
+                }
             }
             BackupStep::Thaw(pods) => {
                 let Some(run) = facts.status.current_run.clone() else { return Ok(Action::await_change()) };
@@ -267,6 +257,32 @@ async fn next_steps(cached: &StatefulSetBackup, cx: &Arc<Context>) -> Result<Act
             }
         }
     }
+}
+
+/// Begins the frozen section of a run, if there is room for it; none: look again first.
+async fn freeze(
+    cx: &Arc<Context>,
+    backup: &StatefulSetBackup,
+    facts: &BackupFacts,
+    run: &CurrentRun,
+) -> Result<Option<Action>> {
+    if let Err(limit) = cx.admit(backup, run) {
+        let (step, now) = (BackupStep::Wait { why: Wait::NoRoom { limit }, until: None }, clock::now());
+        let written = write(cx, backup, facts, &step, now).await?;
+        return Ok(Some(wake(&written, None, now)));
+    }
+    let claims = snapshot::claim_manifests(&cx.client, facts.target_namespace(), run).await?;
+    // Reading may have taken long, and the freeze counts from its record.
+    let now = clock::now();
+    let step = next_backup_step(facts, now);
+    let BackupStep::Freeze(run) = &step else { return Ok(None) };
+    let written = write(cx, backup, facts, &step, now).await?;
+    crash_point!("after-duty");
+    let (namespace, run) = (facts.target_namespace().to_owned(), run.clone());
+    spawn_section(cx, written, move |cx, backup, cancel| async move {
+        Section { cx, backup, namespace, claims, cancel }.run(run).await
+    });
+    Ok(Some(Action::await_change()))
 }
 
 /// Deletes a recovery point; whether that is done. Other work does not wait for what is refused.

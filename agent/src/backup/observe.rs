@@ -44,8 +44,6 @@ pub(super) struct BackupFacts {
     pub(super) target: Target,
     /// The name of another backup that has a run of the same `StatefulSet`.
     pub(super) busy_with: Option<String>,
-    /// A recovery point could not be deleted just now.
-    pub(super) is_pruning_refused: bool,
     /// The snapshots of all runs of this backup; none where they were not looked at.
     pub(super) snapshots: Option<Vec<VolumeSnapshot>>,
 }
@@ -181,7 +179,6 @@ pub(super) async fn observe(
         in_section,
         target,
         busy_with,
-        is_pruning_refused: false,
         snapshots,
         namespace,
     })

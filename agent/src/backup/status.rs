@@ -274,11 +274,16 @@ pub(super) fn notes(facts: &BackupFacts, step: &BackupStep) -> impl Iterator<Ite
 
 /// The Event of scheduled times that got no run.
 fn missed(step: &BackupStep) -> Option<Note> {
-    let (count, latest, why) = match step {
-        BackupStep::Begin { run: _, missed } if *missed > 0 => (*missed, None, &Skipped::TooLate),
-        BackupStep::Skip { missed: Missed { count, latest }, why } => (*count, *latest, why),
-        _ => return None,
+    let (count, latest, why) = if let BackupStep::Begin { run: _, missed } = step {
+        (*missed, None, &Skipped::TooLate)
+    } else if let BackupStep::Skip { missed: Missed { count, latest }, why } = step {
+        (*count, *latest, why)
+    } else {
+        return None;
     };
+    if count == 0 {
+        return None;
+    }
     let latest = latest.map_or_else(String::new, |latest| format!(", the newest was due at {latest}"));
     let (reason, why) = match why {
         Skipped::TooLate => ("RunsMissed", "as none could be in time".to_owned()),

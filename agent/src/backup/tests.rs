@@ -189,7 +189,6 @@ impl World {
             in_section: false,
             target: Target::Unread,
             busy_with: None,
-            is_pruning_refused: false,
             snapshots: None,
         };
         Self { now: created, facts: Some(facts), exists: true, ..Self::default() }

@@ -81,12 +81,6 @@ impl Cluster {
         &self.address
     }
 
-    /// One that a test answers for.
-    #[cfg(test)]
-    pub(super) fn of(client: Client, namespace: &str) -> Self {
-        Self { client, namespace: namespace.to_owned() }
-    }
-
     /// The namespace that is meant when none is named.
     pub(super) fn namespace(&self) -> &str {
         &self.namespace

@@ -194,10 +194,13 @@ impl Stores {
     }
 }
 
+/// Whether all that is kept of two objects is the same.
+type IsSame<K> = fn(&K, &K) -> bool;
+
 /// Watches a kind, keeps some of each object, and notifies of every change of that: most changes are of what is dropped.
 fn follow<K>(
     api: Api<K>,
-    (keep, is_same): (fn(&mut K), fn(&K, &K) -> bool),
+    (keep, is_same): (fn(&mut K), IsSame<K>),
     changed: &Arc<Notify>,
     tasks: &mut JoinSet<()>,
 ) -> Store<K>
@@ -229,17 +232,12 @@ where
 }
 
 /// Whether an event changes what is kept.
-fn is_change<K>(
-    event: &Event<K>,
-    known: impl FnOnce(&K) -> Option<Arc<K>>,
-    is_same: fn(&K, &K) -> bool,
-) -> bool {
+fn is_change<K>(event: &Event<K>, known: impl FnOnce(&K) -> Option<Arc<K>>, is_same: IsSame<K>) -> bool {
     match event {
         Event::Apply(object) => known(object).is_none_or(|known| !is_same(&known, object)),
-        Event::Delete(_) => true,
         // Of a list that is read anew the end tells: what is not in it is gone.
         Event::Init | Event::InitApply(_) => false,
-        Event::InitDone => true,
+        Event::InitDone | Event::Delete(_) => true,
     }
 }
 
