@@ -67,7 +67,7 @@ fn every_alert_has_a_runbook_and_every_runbook_an_alert() {
     let alerts = alerts();
     let names: Vec<&str> = alerts.iter().map(|alert| alert.name.as_str()).collect();
     assert_eq!(names, runbooks);
-    for Alert { alert, labels: Labels { severity }, annotations, .. } in &alerts {
+    for Alert { name: alert, labels: Labels { severity }, annotations, .. } in &alerts {
         let Annotations { runbook_url, summary, description } = annotations;
         assert_eq!(*runbook_url, format!("docs/alerts.md#{}", alert.to_lowercase()));
         assert!(!summary.is_empty() && description.ends_with('.'), "{alert}: {summary} {description}");
@@ -106,7 +106,7 @@ fn alerts_speak_of_metrics_that_the_docs_list() {
     ];
     let listed = first_column(&read("docs/metrics.md"));
     let is_word = |letter: char| letter.is_ascii_alphanumeric() || letter == '_' || letter == ':';
-    for Alert { alert, expr, .. } in alerts() {
+    for Alert { name: alert, expr, .. } in alerts() {
         let words = expr.split(|letter| !is_word(letter));
         // Spans of time and numbers begin with a digit.
         let names = words.filter(|word| word.starts_with(|first: char| !first.is_ascii_digit()));
