@@ -34,7 +34,7 @@ pub struct Protection<'a> {
     pub set: SetName<'a>,
     /// It begins no runs.
     pub suspended: bool,
-    /// Runs begin by themselves. Without a schedule nobody knows whether another one ever comes.
+    /// It has a schedule.
     pub scheduled: bool,
     /// The time of its newest complete recovery point.
     pub newest: Option<Timestamp>,
@@ -59,8 +59,8 @@ impl<'a> Protection<'a> {
         self.suspended || !self.scheduled
     }
 
-    /// Whether it protects: runs may be suspended or asked for, but what nobody schedules counts only as long as it
-    /// meets an RPO.
+    /// Whether it protects. One without a schedule does only as long as it meets an RPO: nobody knows whether another run
+    /// ever comes.
     #[must_use]
     pub fn protects(&self, rpo: Option<Duration>, now: Timestamp) -> bool {
         !self.suspended && (self.scheduled || rpo.is_some_and(|rpo| self.meets(rpo, now)))

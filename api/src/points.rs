@@ -227,7 +227,11 @@ mod tests {
             (ended("r", "Completed"), true),
             (ended("another", "Failed"), true),
         ] {
-            assert_eq!(points_of(&whole, &[history.clone()])[0].complete, complete, "{history:?}");
+            assert_eq!(
+                points_of(&whole, std::slice::from_ref(&history))[0].complete,
+                complete,
+                "{history:?}"
+            );
         }
     }
 

@@ -188,7 +188,7 @@ pub struct StatefulSetBackupPolicyStatus {
     /// up.
     #[serde(default)]
     pub matched: i64,
-    /// How many of these have a backup that is not suspended: the policy's own, or else one whose newest complete
+    /// How many of these have a backup that is not suspended: the policy's own with a schedule, or one whose newest complete
     /// recovery point meets the rpo.
     #[serde(default)]
     pub protected: i64,

@@ -189,7 +189,7 @@ fn kept_by(
             kept_by[at].push(Rule::Days);
         }
     }
-    let periods: [(Rule, Option<i32>, fn(DateTime, Offset) -> Period); 5] = [
+    let periods: [(Rule, Option<i32>, PeriodOf); 5] = [
         (Rule::Hourly, policy.keep_hourly, hour),
         (Rule::Daily, policy.keep_daily, day),
         (Rule::Weekly, policy.keep_weekly, week),
@@ -219,6 +219,9 @@ fn quota(count: Option<i32>) -> usize {
 
 /// Tells the periods of one rule apart: year, month or week, day, hour, and the hour's offset in seconds.
 type Period = (i16, i8, i8, i8, i32);
+
+/// The period that a time of a zone's clock is in.
+type PeriodOf = fn(DateTime, Offset) -> Period;
 
 fn hour(local: DateTime, offset: Offset) -> Period {
     // The hour that a clock repeats in autumn is two hours.

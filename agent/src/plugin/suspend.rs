@@ -58,7 +58,9 @@ async fn may_resume(cluster: &Cluster, backup: &StatefulSetBackup, policy: &str)
         Err(err) => {
             let what = format!("read StatefulSetBackupPolicy {policy}");
             let why = Error::of(&what, None, err).brief();
-            output::complain(&format!("{why}; if its template suspends, the agent suspends this backup again"));
+            output::complain(&format!(
+                "{why}; if its template suspends, the agent suspends this backup again"
+            ));
             Ok(())
         }
     }
@@ -156,7 +158,8 @@ mod tests {
     #[test]
     fn a_backup_is_not_resumed_against_the_template_of_its_policy() {
         let policy = |template: &Value| -> StatefulSetBackupPolicy {
-            let object = json!({ "metadata": { "name": "gold" }, "spec": { "template": { "spec": template } } });
+            let object =
+                json!({ "metadata": { "name": "gold" }, "spec": { "template": { "spec": template } } });
             serde_json::from_value(object).unwrap()
         };
         let backup = backup(&json!({ "suspend": true }), &json!({}));

@@ -387,13 +387,13 @@ impl<'a> Prepared<'a> {
         let is_known =
             |backup: &&BackupFacts| self.selectors.is_ok() && world.namespaces.contains_key(&backup.set.0);
         let own = world.backups.iter().filter(|backup| backup.owner.as_ref() == Some(&self.policy.uid));
-        own.filter(is_known)
-            .filter(|backup| !backup.deleting && !kept.contains(&backup.key))
-            .map(|backup| Step::Delete {
+        own.filter(is_known).filter(|backup| !backup.deleting && !kept.contains(&backup.key)).map(|backup| {
+            Step::Delete {
                 key: backup.key.clone(),
                 uid: backup.uid.clone(),
                 version: backup.object.resource_version(),
-            })
+            }
+        })
     }
 }
 

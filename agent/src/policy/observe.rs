@@ -166,7 +166,12 @@ impl Stores {
             policies: follow(Api::all(client.clone()), (keep_of_policy, is_same_policy), changed, tasks),
             backups: follow(Api::all(client.clone()), (keep_of_backup, is_same_backup), changed, tasks),
             sets: follow(Api::all(client.clone()), (keep_of_set, is_same_set), changed, tasks),
-            namespaces: follow(Api::all(client.clone()), (keep_of_namespace, is_same_namespace), changed, tasks),
+            namespaces: follow(
+                Api::all(client.clone()),
+                (keep_of_namespace, is_same_namespace),
+                changed,
+                tasks,
+            ),
             hook_profiles: Arc::new(hook_profiles),
         }
     }
@@ -428,9 +433,8 @@ mod tests {
             backup
         };
         let old = Arc::new(backup("1", json!(null), 0, Some(1)));
-        let is_news = |event: Event<StatefulSetBackup>| {
-            is_change(&event, |_| Some(Arc::clone(&old)), is_same_backup)
-        };
+        let is_news =
+            |event: Event<StatefulSetBackup>| is_change(&event, |_| Some(Arc::clone(&old)), is_same_backup);
         assert!(!is_news(Event::Apply(backup("2", json!(null), 7, Some(1)))), "that status is dropped");
         assert!(is_news(Event::Apply(backup("2", json!({ "keepLast": 3 }), 0, Some(1)))));
         assert!(is_news(Event::Apply(backup("2", json!(null), 0, Some(2)))), "a newer point");

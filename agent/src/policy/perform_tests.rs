@@ -92,11 +92,9 @@ async fn a_backup_that_does_not_exist_is_applied_but_not_by_force() {
 async fn a_name_that_is_taken_meanwhile_is_left_alone() {
     let mut going = metadata("7");
     going.1["metadata"]["deletionTimestamp"] = json!("2026-01-01T00:00:00Z");
-    for (found, expected) in [
-        (metadata("7"), Outcome::Unchanged),
-        (metadata("8"), Outcome::Outdated),
-        (going, Outcome::Outdated),
-    ] {
+    for (found, expected) in
+        [(metadata("7"), Outcome::Unchanged), (metadata("8"), Outcome::Outdated), (going, Outcome::Outdated)]
+    {
         let (client, asked) = server(found, refusal(500));
         assert_eq!(perform(&client, &policy(), &Step::Create(wanted())).await.unwrap(), expected);
         assert_eq!(asked.lock().unwrap().len(), 1, "it was only looked at");
@@ -107,8 +105,11 @@ async fn a_name_that_is_taken_meanwhile_is_left_alone() {
 
 #[tokio::test]
 async fn an_update_is_of_one_object_and_by_force() {
-    let of_version =
-        |version: &str| Step::Update { wanted: wanted(), uid: "42".to_owned(), version: Some(version.to_owned()) };
+    let of_version = |version: &str| Step::Update {
+        wanted: wanted(),
+        uid: "42".to_owned(),
+        version: Some(version.to_owned()),
+    };
     let step = of_version("11");
     let (client, asked) = server(refusal(500), metadata("7"));
     assert_eq!(perform(&client, &policy(), &step).await.unwrap(), Outcome::Done);
@@ -127,8 +128,7 @@ async fn an_update_is_of_one_object_and_by_force() {
 
 #[tokio::test]
 async fn a_deletion_is_of_one_object() {
-    let step =
-        Step::Delete { key: wanted().key, uid: "42".to_owned(), version: Some("11".to_owned()) };
+    let step = Step::Delete { key: wanted().key, uid: "42".to_owned(), version: Some("11".to_owned()) };
     let (client, asked) =
         server(refusal(500), (200, json!({ "kind": "Status", "apiVersion": "v1", "status": "Success" })));
     assert_eq!(perform(&client, &policy(), &step).await.unwrap(), Outcome::Done);

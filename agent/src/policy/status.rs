@@ -4,8 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use jiff::Timestamp;
 use sts_backup_api::conditions::{
-    self, APPLIED, HOOK_PROFILE_NOT_FOUND, INVALID_SCHEDULE, INVALID_SELECTOR, NAME_TAKEN, READY,
-    WAITING,
+    self, APPLIED, HOOK_PROFILE_NOT_FOUND, INVALID_SCHEDULE, INVALID_SELECTOR, NAME_TAKEN, READY, WAITING,
 };
 use sts_backup_api::coverage::SetName;
 use sts_backup_api::policy::{

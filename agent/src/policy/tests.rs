@@ -471,8 +471,11 @@ fn own(cluster: &mut Cluster, path: &str, owner: &str) {
 
 #[test]
 fn a_surplus_backup_of_another_policy_takes_nothing_from_the_first_one() {
-    let mut cluster =
-        world().namespace("shop", &[]).set("shop/db", &[]).policy("gold", &daily()).policy("silver", &daily());
+    let mut cluster = world()
+        .namespace("shop", &[])
+        .set("shop/db", &[])
+        .policy("gold", &daily())
+        .policy("silver", &daily());
     cluster.settle();
     let silver = cluster.facts.policies[1].uid.clone();
     cluster = cluster.by_hand("shop/surplus", "db", None);
@@ -657,12 +660,11 @@ fn what_the_template_leaves_open_others_may_set() {
 
 #[test]
 fn a_status_names_some_and_counts_all() {
-    let mut cluster =
-        world().namespace("shop", &[]).policy("gold", &{
-            let mut policy = daily();
-            policy["rpo"] = json!("24h");
-            policy
-        });
+    let mut cluster = world().namespace("shop", &[]).policy("gold", &{
+        let mut policy = daily();
+        policy["rpo"] = json!("24h");
+        policy
+    });
     for at in 0..100 {
         cluster = cluster.set(&format!("shop/s{at:03}"), &[]);
     }
@@ -676,7 +678,11 @@ fn a_status_names_some_and_counts_all() {
     assert_eq!(notes.len(), 1, "{notes:?}");
     assert!(notes[0].message.ends_with(" and 95 more"), "{}", notes[0].message);
 
-    let failed = Results { failed: [(7, "no quota".to_owned())].into(), done: (8..100).collect() };
+    let failed = Results {
+        failed: [(7, "no quota".to_owned())].into(),
+        done: (8..100).collect(),
+        ..Results::default()
+    };
     let status = next_status(&plans[0], &failed, now());
     assert_eq!((status.protected, status.first_unprotected.len()), (92, 8));
     let (is_so, reason, message) = condition(&status, APPLIED);

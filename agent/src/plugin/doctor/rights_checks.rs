@@ -12,9 +12,11 @@ use super::{Finding, Read};
 
 /// What the agent does in all namespaces, as its chart grants it: group, resource, verbs. Hooks are apart, as the chart can
 /// leave them out.
-const NEEDED: [(&str, &str, &[&str]); 12] = [
-    ("backup.sts-backup.io", "statefulsetbackups", &["get", "list", "watch", "patch"]),
+const NEEDED: [(&str, &str, &[&str]); 14] = [
+    ("backup.sts-backup.io", "statefulsetbackups", &["get", "list", "watch", "create", "patch", "delete"]),
     ("backup.sts-backup.io", "statefulsetbackups/status", &["patch"]),
+    ("backup.sts-backup.io", "statefulsetbackuppolicies", &["list", "watch"]),
+    ("backup.sts-backup.io", "statefulsetbackuppolicies/status", &["patch"]),
     ("apps", "statefulsets", &["get", "list", "watch"]),
     ("", "pods", &["get", "list"]),
     ("", "persistentvolumeclaims", &["get", "list"]),
