@@ -48,7 +48,7 @@ impl<'a> Protection<'a> {
         Self {
             set: SetName { namespace: target.namespace_or(namespace), name: &target.name },
             suspended: backup.spec.suspend,
-            scheduled: backup.spec.schedule.is_some(),
+            scheduled: backup.spec.timing().is_some(),
             newest: backup.status.as_ref().and_then(newest_complete),
         }
     }

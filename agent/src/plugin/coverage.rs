@@ -30,8 +30,8 @@ use crate::policy::observe::{BackupFacts, KnownSet, World};
 enum State {
     /// A backup that is not suspended names it, and it is not overdue.
     Protected,
-    /// Only suspended backups name it.
-    Suspended,
+    /// Only backups name it that begin no runs by themselves: suspended ones, or without a schedule.
+    Idle,
     /// A backup that is not suspended names it, and its newest complete recovery point is older than the RPO.
     Overdue,
     /// No backup names it.
@@ -42,22 +42,22 @@ enum State {
 
 impl State {
     const ALL: [Self; 5] =
-        [Self::Protected, Self::Suspended, Self::Overdue, Self::Unprotected, Self::Excluded];
+        [Self::Protected, Self::Idle, Self::Overdue, Self::Unprotected, Self::Excluded];
 
     fn word(self) -> &'static str {
         match self {
             Self::Protected => "Protected",
-            Self::Suspended => "Suspended",
+            Self::Idle => "Idle",
             Self::Overdue => "Overdue",
             Self::Unprotected => "Unprotected",
             Self::Excluded => "Excluded",
         }
     }
 
-    /// Whether something is to be done: what a suspended backup is of counts as unprotected, as in the metrics.
+    /// Whether something is to be done: what is Idle counts as unprotected, as in the metrics.
     fn is_gap(self) -> bool {
         match self {
-            Self::Suspended | Self::Overdue | Self::Unprotected => true,
+            Self::Idle | Self::Overdue | Self::Unprotected => true,
             Self::Protected | Self::Excluded => false,
         }
     }
@@ -225,7 +225,7 @@ fn covered<'w>(world: &'w World, rpo: Option<Duration>, now: Timestamp) -> Vec<C
         state: match (unprotected.contains(&set), backups_of(set)) {
             _ if excluded => State::Excluded,
             (true, []) => State::Unprotected,
-            (true, _) => State::Suspended,
+            (true, _) => State::Idle,
             (false, _) if overdue.contains(&set) => State::Overdue,
             (false, _) => State::Protected,
         },
@@ -260,7 +260,7 @@ fn data(covered: &[Covered]) -> serde_json::Value {
         "summary": {
             "statefulSets": covered.len() - number(covered, State::Excluded),
             "protected": number(covered, State::Protected),
-            "suspended": number(covered, State::Suspended),
+            "idle": number(covered, State::Idle),
             "overdue": number(covered, State::Overdue),
             "unprotected": number(covered, State::Unprotected),
             "excluded": number(covered, State::Excluded),

@@ -38,7 +38,7 @@ fn backup(path: (&str, &str), of: &Value, hour: Option<u8>) -> StatefulSetBackup
         hour.into_iter().flat_map(|hour| [point(hour + 1, false), point(hour, true)]).collect();
     read(json!({
         "metadata": { "namespace": path.0, "name": path.1, "uid": path.1 },
-        "spec": { "statefulSetRef": of },
+        "spec": { "statefulSetRef": of, "schedule": "@hourly" },
         "status": { "recoveryPoints": points },
     }))
 }
@@ -120,13 +120,13 @@ fn every_set_with_claims_has_its_state_and_the_sum_is_below() {
         "NAMESPACE   STATEFULSET   STATE         BACKUP         NEWEST-POINT   POLICY\n\
          dev         db            Excluded      -              -              -\n\
          shop        alone         Unprotected   -              -              -\n\
-         shop        cache         Suspended     paused         4h             -\n\
+         shop        cache         Idle          paused         4h             -\n\
          shop        db            Protected     gold-db        3h             gold\n\
          shop        granted       Protected     ops/far,near   120m           -\n\
          shop        log           Protected     tin-log        11h            tin\n\
          shop        queue         Overdue       gold-queue     11h            gold\n\
          shop        scratch       Excluded      -              -              -\n\
-         \n6 StatefulSets: 3 protected, 1 suspended, 1 overdue, 1 unprotected; 2 excluded\n"
+         \n6 StatefulSets: 3 protected, 1 idle, 1 overdue, 1 unprotected; 2 excluded\n"
     );
 }
 
@@ -190,7 +190,7 @@ fn programs_get_what_it_was_judged_by() {
     assert_eq!(
         said["summary"],
         json!({
-            "statefulSets": 6, "protected": 3, "suspended": 1, "overdue": 1, "unprotected": 1, "excluded": 2,
+            "statefulSets": 6, "protected": 3, "idle": 1, "overdue": 1, "unprotected": 1, "excluded": 2,
         })
     );
 }
@@ -202,7 +202,7 @@ fn the_sum_tells_only_what_there_is() {
     assert_eq!(summary(&only(State::Protected)), "3 StatefulSets: 3 protected");
     assert_eq!(summary(&only(State::Unprotected)), "1 StatefulSet: 1 unprotected");
     assert_eq!(summary(&only(State::Excluded)), "0 StatefulSets; 2 excluded");
-    assert_eq!(states(&only(State::Suspended)), [("cache", State::Suspended)]);
+    assert_eq!(states(&only(State::Idle)), [("cache", State::Idle)]);
 }
 
 #[test]
@@ -262,7 +262,7 @@ fn sets() -> Value {
 fn one_backup(namespace: &str) -> Value {
     listed(&json!([{
         "metadata": { "namespace": namespace, "name": "nightly" },
-        "spec": { "statefulSetRef": { "namespace": "shop", "name": "db" } },
+        "spec": { "statefulSetRef": { "namespace": "shop", "name": "db" }, "schedule": "@hourly" },
     }]))
 }
 
