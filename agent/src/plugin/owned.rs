@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use kube::api::ListParams;
 use kube::{Api, ResourceExt};
 use sts_backup_api::backup::StatefulSetBackup;
-use sts_backup_api::names::{BACKUP_LABEL, BACKUP_NAMESPACE_LABEL, RUN_LABEL};
+use sts_backup_api::names::{BACKUP_LABEL, BACKUP_NAMESPACE_LABEL, RUN_LABEL, STATEFUL_SET_LABEL};
 use sts_backup_api::points::{is_in_use, points_of};
 use sts_backup_api::run::{RecoveryPoint, RunId};
 use sts_backup_api::snapshot::VolumeSnapshot;
@@ -48,7 +48,10 @@ impl Owned {
     pub(super) async fn of(cluster: &Cluster, backup: StatefulSetBackup) -> Result<Self, Error> {
         let (namespace, name) = (backup.namespace().unwrap_or_default(), backup.name_any());
         let target = backup.spec.stateful_set_ref.namespace_or(&namespace).to_owned();
-        let snapshots = list(cluster, Scope::Namespace(target), &namespace, &name).await?;
+        let mut snapshots = list(cluster, Scope::Namespace(target), &namespace, &name).await?;
+        // A backup that had the same name may have been of another StatefulSet.
+        let set = &backup.spec.stateful_set_ref.name;
+        snapshots.retain(|snapshot| snapshot.labels().get(STATEFUL_SET_LABEL) == Some(set));
         Ok(Self { namespace, name, backup: Some(backup), snapshots })
     }
 
