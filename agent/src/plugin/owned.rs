@@ -136,7 +136,7 @@ pub(super) fn owned(runs: &[&str]) -> Owned {
                 "apiVersion": "snapshot.storage.k8s.io/v1", "kind": "VolumeSnapshot",
                 "metadata": {
                     "name": format!("data-db-{ordinal}-{run}"), "namespace": "shop",
-                    "labels": { RUN_LABEL: run },
+                    "labels": { RUN_LABEL: run, STATEFUL_SET_LABEL: "db" },
                     "annotations": {
                         TIME_ANNOTATION: format!("2026-02-{:02}T02:00:00Z", 28 - at), VOLUMES_ANNOTATION: "2",
                     },
