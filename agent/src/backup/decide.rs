@@ -14,7 +14,7 @@ use kube::ResourceExt;
 use sts_backup_api::backup::{Hook, OnError, StatefulSetBackupStatus};
 use sts_backup_api::conditions::{DELETED, INTERRUPTED, NAMESPACE_NOT_GRANTED, STATEFUL_SET_NOT_FOUND};
 use sts_backup_api::names::RUN_LABEL;
-use sts_backup_api::points::{is_cut, is_in_use, is_ready, recovery_points};
+use sts_backup_api::points::{is_cut, is_in_use, is_ready, points_of};
 use sts_backup_api::run::{
     CurrentRun, Failure, RecoveryPoint, RunId, RunPod, RunRecord, RunResult, RunStep, RunVolume, Slot,
     SnapshotState, ThawState,
@@ -221,17 +221,6 @@ fn is_damaged(facts: &BackupFacts, point: &RecoveryPoint) -> bool {
     let was_complete = recovery_points.iter().any(|known| known.id == point.id && known.complete)
         || history.iter().any(|run| run.id == point.id && run.result == RunResult::Completed);
     was_complete && !point.complete
-}
-
-/// The points that snapshots amount to. A snapshot that was created for a run just before its agent died can appear
-/// after the clean-up: it does not make the point of a failed run complete.
-pub(super) fn points_of(snapshots: &[VolumeSnapshot], history: &[RunRecord]) -> Vec<RecoveryPoint> {
-    let mut points = recovery_points(snapshots);
-    for point in &mut points {
-        let failed = history.iter().any(|run| run.id == point.id && run.result == RunResult::Failed);
-        point.complete &= !failed;
-    }
-    points
 }
 
 /// An API server can carry out a request long after it was given up, or after the agent that sent it has died. Such a

@@ -8,12 +8,13 @@ use sts_backup_api::conditions::{
     STATEFUL_SET_NOT_FOUND, THAWED,
 };
 use sts_backup_api::names::ALLOW_BACKUP_FROM_ANNOTATION;
+use sts_backup_api::points::points_of;
 use sts_backup_api::run::{
     CurrentRun, RecoveryPoint, RunId, RunPod, RunRecord, RunResult, RunStep, SnapshotState, ThawState,
     request_key,
 };
 
-use super::decide::{BackupStep, Idle, Pruned, Skipped, Wait, points_of};
+use super::decide::{BackupStep, Idle, Pruned, Skipped, Wait};
 use super::due::{Missed, begins_anew, next_run};
 use super::observe::{BackupFacts, Target};
 use crate::events::Note;

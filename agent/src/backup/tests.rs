@@ -19,13 +19,12 @@ use sts_backup_api::conditions::{DELETED, INTERRUPTED};
 use sts_backup_api::names::{
     CONSISTENCY_ANNOTATION, REPLICAS_ANNOTATION, RUN_LABEL, TIME_ANNOTATION, VOLUMES_ANNOTATION,
 };
-use sts_backup_api::points::recovery_points;
+use sts_backup_api::points::{points_of, recovery_points};
 use sts_backup_api::run::{CurrentRun, RunId, RunResult, RunStep, SnapshotState, ThawState};
 use sts_backup_api::snapshot::VolumeSnapshot;
 
 use super::decide::{
-    BackupStep, START_WITHIN, ThawAttempt, after_thaw, failing, later, next_backup_step, points_of,
-    with_snapshot_states,
+    BackupStep, START_WITHIN, ThawAttempt, after_thaw, failing, later, next_backup_step, with_snapshot_states,
 };
 use super::observe::{BackupFacts, ClaimFacts, ClassFacts, Target, TargetFacts};
 use super::status::next_status;

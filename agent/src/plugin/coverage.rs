@@ -41,8 +41,7 @@ enum State {
 }
 
 impl State {
-    const ALL: [Self; 5] =
-        [Self::Protected, Self::Idle, Self::Overdue, Self::Unprotected, Self::Excluded];
+    const ALL: [Self; 5] = [Self::Protected, Self::Idle, Self::Overdue, Self::Unprotected, Self::Excluded];
 
     fn word(self) -> &'static str {
         match self {
