@@ -237,7 +237,7 @@ async fn next_steps(cached: &StatefulSetBackup, cx: &Arc<Context>) -> Result<Act
                 let (namespace, pods) = (facts.target_namespace().to_owned(), pods.clone());
                 spawn_section(cx, backup, move |cx, backup, _cancel| async move {
                     let newer = backup.spec.post_backup_hook.as_ref();
-                    perform::thaw(&cx.exec, &namespace, &run, &pods, newer).await
+                    perform::thaw(&cx, &namespace, &run, &pods, newer).await
                 });
                 return Ok(Action::await_change());
             }

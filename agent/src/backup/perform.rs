@@ -14,7 +14,9 @@ use sts_backup_api::names::{FIELD_MANAGER, RUN_FINALIZER};
 use sts_backup_api::run::{CurrentRun, RunPod};
 use sts_backup_api::snapshot::VolumeSnapshot;
 use tokio::time::timeout;
+use tracing::warn;
 
+use super::context::Context;
 use super::decide::{Doomed, START_WITHIN, ThawAttempt, after_thaw, later};
 use super::error::{Error, Result};
 use crate::clock;
@@ -78,8 +80,10 @@ pub(super) async fn write_status(
 ///
 /// `newer` is the hook as the user has it by now. It is tried where the one of the freeze has failed before, and it says
 /// whether failures still matter: so a hook that can never succeed can be corrected.
+///
+/// Once another replica may lead, nothing is run: it thaws, and may have frozen the pods again by now.
 pub(super) async fn thaw(
-    exec: &Client,
+    cx: &Context,
     namespace: &str,
     run: &CurrentRun,
     pods: &[usize],
@@ -87,6 +91,11 @@ pub(super) async fn thaw(
 ) -> CurrentRun {
     let mut run = run.clone();
     let Some(hook) = run.thaw_hook.clone() else { return run };
+    if cx.leadership.remaining().is_zero() {
+        warn!(run = %run.id, "the thaw is left to the next leader");
+        return run;
+    }
+    let exec = &cx.exec;
     let attempts = pods.iter().filter_map(|at| Some((*at, run.pods.get(*at)?)));
     let since = run.frozen_since.as_ref().unwrap_or(&run.started).0;
     let attempts = attempts.map(async |(at, pod)| {

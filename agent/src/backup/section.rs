@@ -332,7 +332,7 @@ impl Section {
 
     async fn thaw(&self, run: CurrentRun) -> CurrentRun {
         let due: Vec<_> = (0..run.pods.len()).filter(|at| run.pods[*at].thaw.is_some()).collect();
-        perform::thaw(&self.cx.exec, &self.namespace, &run, &due, None).await
+        perform::thaw(&self.cx, &self.namespace, &run, &due, None).await
     }
 
     /// From the first to the last cut by the storage's clocks, milliseconds; none where it does not say.
