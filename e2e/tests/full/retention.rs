@@ -107,7 +107,12 @@ async fn an_incomplete_point_goes_after_a_day_and_the_newest_of_each_kind_never(
 
         let _agent = start_agent(ns, 2).await?;
         // The newest data there is does not go because it could be better.
-        backup.await_points(&[newest.id, complete.id]).await?;
+        let left = [&newest.id, &complete.id];
+        backup
+            .await_status("left with the newest of each kind", |status| {
+                status.recovery_points.iter().map(|point| &point.id).eq(left)
+            })
+            .await?;
         let said = backup.await_event("Pruned").await?;
         ensure!(said.contains(partial.id.as_str()) && said.contains("more than 24 h old"), "{said}");
         backup.remove().await
