@@ -223,17 +223,21 @@ fn is_damaged(facts: &BackupFacts, point: &RecoveryPoint) -> bool {
     was_complete && !point.complete
 }
 
-/// An API server can carry out a request long after it was given up, or after the agent that sent it has died. Such a
-/// snapshot goes once it is cut or has failed: csi-snapshotter comes back to one that is deleted during its cut only
-/// after minutes.
+/// What is left of runs that left nothing: snapshots that were still being cut when their run failed, or that came after.
+/// An API server can carry out a request long after it was given up, or after the agent that sent it has died.
 fn late_snapshots(facts: &BackupFacts) -> Vec<String> {
     let left_none = facts.status.history.iter().filter(|run| run.kept_volumes == Some(0));
     let snapshots = left_none.flat_map(|run| facts.snapshots_of(&run.id));
-    let is_over = |snapshot: &VolumeSnapshot| {
-        let failed = snapshot.status.as_ref().is_some_and(|status| status.error.is_some());
-        (is_cut(snapshot) || failed) && snapshot.metadata.deletion_timestamp.is_none()
-    };
-    snapshots.filter(|(_, snapshot)| is_over(snapshot)).map(|(name, _)| name.to_owned()).collect()
+    let is_doomed =
+        |snapshot: &VolumeSnapshot| !is_being_cut(snapshot) && snapshot.metadata.deletion_timestamp.is_none();
+    snapshots.filter(|(_, snapshot)| is_doomed(snapshot)).map(|(name, _)| name.to_owned()).collect()
+}
+
+/// csi-snapshotter comes back to a snapshot that is deleted during its cut only after minutes, in which it holds its
+/// claim and its namespace.
+fn is_being_cut(snapshot: &VolumeSnapshot) -> bool {
+    let failed = snapshot.status.as_ref().is_some_and(|status| status.error.is_some());
+    !is_cut(snapshot) && !failed
 }
 
 /// A run of which nothing is decided yet.
@@ -376,7 +380,7 @@ pub(super) fn trouble_of(snapshot: &VolumeSnapshot) -> Option<String> {
 }
 
 /// Removes every snapshot that was not ready when the run failed: an unready one holds its claim, and one that
-/// becomes ready later must not complete the point of a failed run.
+/// becomes ready later must not complete the point of a failed run. Where nothing stays, what is being cut goes after.
 fn clean_up(facts: &BackupFacts, run: &CurrentRun, now: Timestamp) -> BackupStep {
     let snapshots = facts.snapshots_of(&run.id);
     let is_kept = |volume: &RunVolume| {
@@ -386,9 +390,12 @@ fn clean_up(facts: &BackupFacts, run: &CurrentRun, now: Timestamp) -> BackupStep
     // Nothing was created before the frozen section.
     let volumes = run.volumes.iter().filter(|_| run.frozen_since.is_some());
     let (kept, doomed): (Vec<_>, Vec<_>) = volumes.partition(|volume| is_kept(volume));
+    let has_time = kept.is_empty() && !facts.deleting;
     // Only what carries the run's label, whatever the status says.
-    let doomed = doomed.into_iter().filter(|volume| snapshots.contains_key(volume.snapshot.as_str()));
-    let doomed = doomed.map(|volume| volume.snapshot.clone()).collect();
+    let goes_now =
+        |name: &str| snapshots.get(name).is_some_and(|snapshot| !has_time || !is_being_cut(snapshot));
+    let doomed = doomed.into_iter().map(|volume| volume.snapshot.clone());
+    let doomed = doomed.filter(|name| goes_now(name)).collect();
     let kept_volumes = i32::try_from(kept.len()).ok();
     BackupStep::CleanUp { doomed, record: RunRecord { kept_volumes, ..failed(run, now) } }
 }
