@@ -8,6 +8,8 @@ pub mod coverage;
 pub mod names;
 pub mod points;
 pub mod policy;
+pub mod restore;
 pub mod run;
 pub mod schedule;
 pub mod snapshot;
+pub mod swap;

@@ -67,6 +67,33 @@ pub const REPLICAS_ANNOTATION: &str = "backup.sts-backup.io/replicas";
 /// On a snapshot: how many snapshots make the recovery point complete.
 pub const VOLUMES_ANNOTATION: &str = "backup.sts-backup.io/volumes";
 
+/// On a namespace: the other namespaces, separated by commas, whose restores may be of its `StatefulSets`.
+pub const ALLOW_RESTORE_FROM_ANNOTATION: &str = "backup.sts-backup.io/allow-restore-from";
+
+/// On a `StatefulSetRestore` that only plans: the hash of the plan that may run.
+pub const APPROVED_PLAN_ANNOTATION: &str = "backup.sts-backup.io/approved-plan";
+
+/// On a `StatefulSetRestore`: any new value brings the old volumes back; a time is usual.
+pub const ROLLBACK_REQUESTED_AT_ANNOTATION: &str = "backup.sts-backup.io/rollback-requested-at";
+
+/// On a `StatefulSetRestore` or a `StatefulSet`: `true` lets a restore run although somebody else scales the `StatefulSet`.
+pub const ALLOW_CONTESTED_ANNOTATION: &str = "backup.sts-backup.io/allow-contested";
+
+/// On a `StatefulSetRestore` while it has volumes in hand: its deletion waits until the application is served again.
+pub const RESTORE_FINALIZER: &str = "backup.sts-backup.io/restore";
+
+/// On a volume or a staged claim: the uid of the restore that has it in hand.
+pub const RESTORE_LABEL: &str = "backup.sts-backup.io/restore";
+
+/// On a volume that a restore has in hand: the reclaim policy that it had, or is to have.
+pub const RECLAIM_POLICY_ANNOTATION: &str = "backup.sts-backup.io/reclaim-policy";
+
+/// On a volume that a restore has in hand: `namespace/name` of the claim that it is or was for.
+pub const FOR_CLAIM_ANNOTATION: &str = "backup.sts-backup.io/for-claim";
+
+/// On a volume that a restore has left over: when it goes, RFC 3339.
+pub const EXPIRES_AT_ANNOTATION: &str = "backup.sts-backup.io/expires-at";
+
 /// The longest name of an object (RFC 1123 subdomain).
 const MAX_NAME: usize = 253;
 
@@ -81,6 +108,14 @@ pub fn snapshot_name(claim: &str, run: &RunId) -> String {
         return name;
     }
     let tail = format!("-{}-{run}", short_hash(&[claim]));
+    let head = &claim[..claim.floor_char_boundary(MAX_NAME - tail.len())];
+    format!("{}{tail}", head.trim_end_matches(['-', '.']))
+}
+
+/// The name of the claim by which a restore has a new volume made for a claim: the same for every attempt to create it.
+#[must_use]
+pub fn staged_claim_name(claim: &str, restore_uid: &str, staging: i32) -> String {
+    let tail = format!("-restore-{}", short_hash(&[claim, restore_uid, &staging.to_string()]));
     let head = &claim[..claim.floor_char_boundary(MAX_NAME - tail.len())];
     format!("{}{tail}", head.trim_end_matches(['-', '.']))
 }

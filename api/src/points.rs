@@ -126,7 +126,8 @@ fn time(snapshot: &VolumeSnapshot) -> Option<Timestamp> {
 
 /// A quantity of bytes, rounded up to a whole one; what is no quantity gives nothing.
 /// <https://kubernetes.io/docs/reference/kubernetes-api/common-definitions/quantity/>
-fn bytes(quantity: &str) -> Option<i64> {
+#[must_use]
+pub fn bytes(quantity: &str) -> Option<i64> {
     let digits = quantity.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(quantity.len());
     let (number, suffix) = quantity.split_at(digits);
     let factor = match suffix {
