@@ -237,7 +237,7 @@ pub(super) fn swapping(view: &View<'_>) -> RestoreStep {
 
 /// A volume that is none of ours and that a claim has got all the same may hold somebody's data: it stays for a while.
 fn keep_foreign(view: &View<'_>) -> Option<RestoreStep> {
-    let expires = later(view.now, view.facts.restore.spec.rollback_window.0);
+    let expires = later(view.now, view.facts.restore.spec.rollback_window.into());
     let writes = view.on_others().into_iter().filter_map(|(volume, claim)| {
         let found = view.world.volumes.get(claim.volume.as_ref()?)?;
         let is_kept = found.policy == "Retain" && found.restore.is_some();

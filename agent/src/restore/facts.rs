@@ -114,6 +114,38 @@ pub(super) struct World {
     pub(super) snapshots: Option<BTreeSet<String>>,
 }
 
+/// What was read of the cluster.
+#[derive(Debug, Default)]
+pub(super) struct Objects {
+    pub(super) namespace_ending: bool,
+    pub(super) set: Option<StatefulSet>,
+    /// Those of the namespace.
+    pub(super) pods: Vec<Pod>,
+    /// Those of the namespace.
+    pub(super) claims: Vec<PersistentVolumeClaim>,
+    pub(super) volumes: Vec<PersistentVolume>,
+    pub(super) snapshots: Option<BTreeSet<String>>,
+}
+
+impl World {
+    /// What matters to the swap of the restore with that uid.
+    pub(super) fn of(objects: &Objects, uid: &str, swap: &Swap) -> Self {
+        let Objects { namespace_ending, set, pods, claims, volumes, snapshots } = objects;
+        let set = set.as_ref().map(SetFacts::of);
+        let ours: BTreeSet<_> = swap.volumes.iter().map(|volume| volume.claim.as_str()).collect();
+        let pods = pods.iter().map(|pod| PodFacts::of(pod, set.as_ref()));
+        let matters =
+            |pod: &PodFacts| pod.ordinal.is_some() || pod.claims.iter().any(|claim| ours.contains(claim.as_str()));
+        let pods = pods.filter(matters).collect();
+        let claims = claims.iter().map(|claim| (claim.name_any(), ClaimFacts::of(claim)));
+        let matters =
+            |name: &str, claim: &ClaimFacts| ours.contains(name) || claim.restore.as_deref() == Some(uid);
+        let claims = claims.filter(|(name, claim)| matters(name, claim)).collect();
+        let volumes = volumes.iter().map(|volume| (volume.name_any(), VolumeFacts::of(volume))).collect();
+        Self { namespace_ending: *namespace_ending, set, pods, claims, volumes, snapshots: snapshots.clone() }
+    }
+}
+
 /// The `StatefulSet`.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct SetFacts {

@@ -256,7 +256,7 @@ pub(super) fn releasing(view: &View<'_>) -> RestoreStep {
     if let Some(step) = view.disarm() {
         return step;
     }
-    let at = view.deadline(view.facts.restore.spec.rollback_window.0);
+    let at = view.deadline(view.facts.restore.spec.rollback_window.into());
     let expire = |found: &VolumeFacts| View::change(found, VolumeChange::Expire { at, policy: None });
     let mut writes: Vec<_> = view.left_over().map(expire).collect();
     for volume in &view.swap.volumes {
@@ -345,7 +345,7 @@ fn abandoned_volumes(view: &View<'_>) -> Vec<Write> {
                 writes.push(View::change(found, VolumeChange::Release { policy }));
             } else if found.expires_at.is_none() {
                 // Whoever deleted the claim meant this restore no harm: the data stays for the window.
-                let at = view.deadline(view.facts.restore.spec.rollback_window.0);
+                let at = view.deadline(view.facts.restore.spec.rollback_window.into());
                 writes.push(View::change(found, VolumeChange::Expire { at, policy: None }));
             }
         } else if is_ours && found.expires_at.is_none() {

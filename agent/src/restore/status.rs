@@ -105,7 +105,7 @@ fn finish(facts: &RestoreFacts, status: &mut StatefulSetRestoreStatus, outcome: 
     match outcome {
         Outcome::Completed => {
             // As `releasing` has the old volumes expire.
-            let until = later(swap.step_since.0, facts.restore.spec.rollback_window.0);
+            let until = later(swap.step_since.0, facts.restore.spec.rollback_window.into());
             status.rollback_until = is_kept.any(|volume| volume.previous.is_some()).then_some(Time(until));
             status.phase = Some(RestorePhase::Completed);
         }
@@ -215,8 +215,8 @@ fn ended(facts: &RestoreFacts, outcome: Outcome, swap: &Swap) -> (&'static str, 
     let why = why.unwrap_or_default();
     match outcome {
         Outcome::Completed => {
-            let window = facts.restore.spec.rollback_window.0;
-            let message = format!("{why}the application has the restored data; its old volumes stay for {window:?}");
+            let window = facts.restore.spec.rollback_window;
+            let message = format!("{why}the application has the restored data; its old volumes stay for {window}");
             ("Completed", message)
         }
         Outcome::RolledBack => {

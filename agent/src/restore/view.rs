@@ -226,7 +226,7 @@ impl<'a> View<'a> {
 
     /// Volumes that pods somebody else started may have written to go at the end of the rollback window.
     pub(super) fn expire_left_over(&self) -> Option<RestoreStep> {
-        let at = later(self.now, self.facts.restore.spec.rollback_window.0);
+        let at = later(self.now, self.facts.restore.spec.rollback_window.into());
         let expire = |volume| Self::change(volume, VolumeChange::Expire { at, policy: None });
         Self::work(Work::Release, self.left_over().map(expire))
     }
