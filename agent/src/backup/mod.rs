@@ -32,8 +32,9 @@ use jiff::Timestamp;
 use kube::api::ListParams;
 use kube::runtime::controller::{Action, Config as ControllerConfig, Controller, Error as ControllerError};
 use kube::runtime::events::Reporter;
-use kube::runtime::reflector::ObjectRef;
+use kube::runtime::reflector::{self, ObjectRef};
 use kube::runtime::watcher::Config as WatcherConfig;
+use kube::runtime::{WatchStreamExt, watcher};
 use kube::{Api, ResourceExt};
 use rand::Rng;
 use sts_backup_api::backup::{StatefulSetBackup, StatefulSetBackupStatus};
@@ -69,8 +70,13 @@ pub(crate) async fn run(app: app::Context, stop: CancellationToken) {
     let app::Context { client, exec_client, leadership, config, metrics } = app;
     let (wake, woken) = mpsc::unbounded_channel();
     let backups: Api<StatefulSetBackup> = Api::all(client.clone());
-    let controller = Controller::new(backups.clone(), WatcherConfig::default());
-    let store = controller.store();
+    let (store, writer) = reflector::store();
+    let changes = watcher(backups.clone(), WatcherConfig::default())
+        .default_backoff()
+        .modify(keep)
+        .reflect(writer)
+        .applied_objects();
+    let controller = Controller::for_stream(changes, store.clone());
     let cx = Arc::new(Context {
         reporter: Reporter { controller: FIELD_MANAGER.to_owned(), instance: Some(config.identity.clone()) },
         metrics: BackupMetrics::register(&metrics, store.clone()),
@@ -109,6 +115,16 @@ pub(crate) async fn run(app: app::Context, stop: CancellationToken) {
     info!("backup controller stopped");
 }
 
+/// Drops what nobody reads in the store, and what is most of it: each look reads its backup anew.
+fn keep(backup: &mut StatefulSetBackup) {
+    backup.metadata.managed_fields = None;
+    if let Some(status) = &mut backup.status {
+        status.recovery_points.clear();
+        // The metrics tell of the last one.
+        status.history.truncate(1);
+    }
+}
+
 /// Goes on with the runs of an earlier leader: what may be frozen comes before all else.
 async fn resume(cx: &Arc<Context>, backups: &Api<StatefulSetBackup>) {
     let mut failures = 0;
@@ -140,7 +156,7 @@ async fn resume(cx: &Arc<Context>, backups: &Api<StatefulSetBackup>) {
         under_way.filter(|backup| matches!(step(backup), Some(RunStep::Frozen | RunStep::Thawing)));
     join_all(may_be_frozen.map(async |backup| {
         // The controller tries again what fails here.
-        if let Err(err) = next_steps(backup, cx).await {
+        if let Err(err) = Box::pin(next_steps(backup, cx)).await {
             warn!(error = %telemetry::chain(&err), backup = %ObjectRef::from_obj(backup), "run not resumed yet");
         }
     }))
@@ -169,17 +185,15 @@ async fn next_steps(cached: &StatefulSetBackup, cx: &Arc<Context>) -> Result<Act
         cx.vacate(cached);
         return Ok(Action::await_change());
     };
+    let mut known = None;
     loop {
         if cx.stop.is_cancelled() || !cx.leadership.is_held() {
             return Ok(Action::await_change());
         }
-        let is_idle = backup.status.as_ref().is_none_or(|status| status.current_run.is_none());
-        if is_idle {
-            // Also where the end of its run was written down, and the answer lost.
-            cx.vacate(&backup);
-        }
-        let busy_with = if is_idle { cx.busy_with(&backup) } else { None };
-        let facts = observe(&cx.client, &backup, is_in_section(), busy_with).await?;
+        let facts = match known.take() {
+            Some(facts) => facts,
+            None => look(cx, &backup, is_in_section()).await?,
+        };
         let now = clock::now();
         let step = next_backup_step(&facts, now);
         debug!(?step, "decided");
@@ -187,6 +201,8 @@ async fn next_steps(cached: &StatefulSetBackup, cx: &Arc<Context>) -> Result<Act
             BackupStep::AddFinalizer => {
                 backup = perform::set_finalizer(&cx.client, &backup, true).await?;
                 crash_point!("after-finalizer");
+                // Nobody has written the backup since.
+                known = Some(Box::new(BackupFacts { has_finalizer: true, ..*facts }));
             }
             BackupStep::RemoveFinalizer => {
                 backup = perform::set_finalizer(&cx.client, &backup, false).await?;
@@ -199,8 +215,10 @@ async fn next_steps(cached: &StatefulSetBackup, cx: &Arc<Context>) -> Result<Act
                     // Somebody was faster: the next look says so.
                     continue;
                 }
-                backup = write(cx, &backup, &facts, &step, now).await?;
+                write(cx, &backup, &facts, &step, now).await?;
                 crash_point!("after-begin");
+                // Of many that are due at once all begin, before any goes on.
+                return Ok(Action::requeue(Duration::ZERO));
             }
             BackupStep::Record(_) | BackupStep::Skip { .. } | BackupStep::RefuseRequest => {
                 backup = write(cx, &backup, &facts, &step, now).await?;
@@ -257,6 +275,17 @@ async fn next_steps(cached: &StatefulSetBackup, cx: &Arc<Context>) -> Result<Act
             }
         }
     }
+}
+
+/// What is known of a backup now.
+async fn look(cx: &Context, backup: &StatefulSetBackup, in_section: bool) -> Result<Box<BackupFacts>> {
+    let is_idle = backup.status.as_ref().is_none_or(|status| status.current_run.is_none());
+    if is_idle {
+        // Also where the end of its run was written down, and the answer lost.
+        cx.vacate(backup);
+    }
+    let busy_with = if is_idle { cx.busy_with(backup) } else { None };
+    Ok(Box::new(observe(&cx.client, backup, in_section, busy_with).await?))
 }
 
 /// Begins the frozen section of a run, if there is room for it; none: look again first.
