@@ -103,7 +103,7 @@ pub(super) struct Doomed {
 /// What a run waits for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Wait {
-    /// Another backup has a run of the same `StatefulSet`.
+    /// Another backup, or a restore, has the same `StatefulSet` in hand.
     Queued { behind: String },
     /// Too many snapshots are under way.
     NoRoom { limit: String },

@@ -55,7 +55,8 @@ use self::queue::Queue;
 use self::section::Section;
 use self::status::{damaged, next_status, notes};
 use self::tasks::spawn_section;
-use self::triggers::{grant_changes, snapshot_changes, stateful_set_changes};
+use self::triggers::{freed_sets, grant_changes, snapshot_changes, stateful_set_changes};
+use crate::occupancy::Holder;
 use crate::{app, clock, telemetry};
 
 /// How long one look at a backup may take before it is given up and tried again.
@@ -67,7 +68,7 @@ const RESYNC: Duration = Duration::from_hours(1);
 
 /// Backs up until `stop` is cancelled, then thaws what is frozen, and returns.
 pub(crate) async fn run(app: app::Context, stop: CancellationToken) {
-    let app::Context { client, exec_client, leadership, config, metrics } = app;
+    let app::Context { client, exec_client, leadership, config, metrics, occupancy } = app;
     let (wake, woken) = mpsc::unbounded_channel();
     let backups: Api<StatefulSetBackup> = Api::all(client.clone());
     let (store, writer) = reflector::store();
@@ -77,6 +78,10 @@ pub(crate) async fn run(app: app::Context, stop: CancellationToken) {
         .reflect(writer)
         .applied_objects();
     let controller = Controller::for_stream(changes, store.clone());
+    let known = store.clone();
+    let freed = occupancy.join::<StatefulSetBackup>(move |holder| {
+        known.get(&ObjectRef::new(&holder.name).within(&holder.namespace)).is_some()
+    });
     let cx = Arc::new(Context {
         reporter: Reporter { controller: FIELD_MANAGER.to_owned(), instance: Some(config.identity.clone()) },
         metrics: BackupMetrics::register(&metrics, store.clone()),
@@ -86,7 +91,7 @@ pub(crate) async fn run(app: app::Context, stop: CancellationToken) {
         stop: stop.clone(),
         sections: DashMap::new(),
         tasks: TaskTracker::new(),
-        busy: DashMap::new(),
+        occupancy: Arc::clone(&occupancy),
         queue: Mutex::new(Queue::new(config.limits)),
         backups: store.clone(),
         wake,
@@ -98,7 +103,8 @@ pub(crate) async fn run(app: app::Context, stop: CancellationToken) {
             .with_config(ControllerConfig::default().concurrency(config.concurrent_reconciles))
             .reconcile_on(snapshot_changes(client.clone(), store.clone()))
             .reconcile_on(stateful_set_changes(client.clone(), store.clone()))
-            .reconcile_on(grant_changes(client, store))
+            .reconcile_on(grant_changes(client, store.clone()))
+            .reconcile_on(freed_sets(freed, store))
             .reconcile_on(UnboundedReceiverStream::new(woken))
             .graceful_shutdown_on(stop.cancelled_owned())
             .run(reconcile, error_policy, Arc::clone(&cx))
@@ -147,7 +153,7 @@ async fn resume(cx: &Arc<Context>, backups: &Api<StatefulSetBackup>) {
     let under_way = found.items.iter().filter(|backup| step(backup).is_some());
     for backup in under_way.clone() {
         let own = ObjectRef::from_obj(backup);
-        cx.busy.insert(set_name(backup), own.clone());
+        cx.occupancy.resume(set_name(backup), Holder::of(backup));
         if let Some(run) = run(backup).filter(|run| run.step > RunStep::Preflight) {
             cx.queue().resume(own, &run);
         }
@@ -161,6 +167,7 @@ async fn resume(cx: &Arc<Context>, backups: &Api<StatefulSetBackup>) {
         }
     }))
     .await;
+    cx.occupancy.all_resumed().await;
 }
 
 /// One look at a backup: everything that can be done about it now.
