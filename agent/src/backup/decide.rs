@@ -190,6 +190,10 @@ fn without_run(facts: &BackupFacts, now: Timestamp) -> BackupStep {
     if missed.latest.is_some() {
         return BackupStep::Skip { missed, why: Skipped::TooLate };
     }
+    // A restore may be reading the point that would go.
+    if facts.busy_with.is_some() {
+        return idle(Idle::NothingDue);
+    }
     pruned(facts, now).map_or_else(|| idle(Idle::NothingDue), BackupStep::Prune)
 }
 
