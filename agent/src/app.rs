@@ -18,6 +18,7 @@ use crate::backup;
 use crate::config::Config;
 use crate::lease::{Elector, Leadership};
 use crate::metrics::{Health, Metrics, ServeError, Server, encode_gauge};
+use crate::occupancy::Occupancy;
 use crate::policy;
 use crate::telemetry::chain;
 
@@ -135,6 +136,8 @@ pub struct Context {
     pub config: Arc<Config>,
     /// Where to register metrics.
     pub metrics: Metrics,
+    /// Which backup or restore has which `StatefulSet` in hand.
+    pub(crate) occupancy: Arc<Occupancy>,
 }
 
 /// Runs the agent until it is asked to end.
@@ -233,6 +236,7 @@ impl App {
             leadership: leadership.clone(),
             config,
             metrics,
+            occupancy: Arc::new(Occupancy::new()),
         };
         let stop = CancellationToken::new();
         let mut controllers = JoinSet::new();

@@ -103,7 +103,7 @@ pub(super) struct Doomed {
 /// What a run waits for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Wait {
-    /// Another backup has a run of the same `StatefulSet`.
+    /// Another backup, or a restore, has the same `StatefulSet` in hand.
     Queued { behind: String },
     /// Too many snapshots are under way.
     NoRoom { limit: String },
@@ -189,6 +189,10 @@ fn without_run(facts: &BackupFacts, now: Timestamp) -> BackupStep {
     }
     if missed.latest.is_some() {
         return BackupStep::Skip { missed, why: Skipped::TooLate };
+    }
+    // A restore may be reading the point that would go.
+    if facts.busy_with.is_some() {
+        return idle(Idle::NothingDue);
     }
     pruned(facts, now).map_or_else(|| idle(Idle::NothingDue), BackupStep::Prune)
 }
