@@ -20,6 +20,7 @@ use crate::lease::{Elector, Leadership};
 use crate::metrics::{Health, Metrics, ServeError, Server, encode_gauge};
 use crate::occupancy::Occupancy;
 use crate::policy;
+use crate::restore;
 use crate::telemetry::chain;
 
 #[cfg(test)]
@@ -152,7 +153,11 @@ pub async fn run(config: Config, ends: Ends) -> Result<(), AppError> {
 
 /// The controllers: they run until `stop`, and end when every database they froze is thawed.
 async fn control(context: Context, stop: CancellationToken) {
-    tokio::join!(backup::run(context.clone(), stop.clone()), policy::run(context, stop));
+    tokio::join!(
+        backup::run(context.clone(), stop.clone()),
+        restore::run(context.clone(), stop.clone()),
+        policy::run(context, stop)
+    );
 }
 
 /// The agent, listening but not connected yet.

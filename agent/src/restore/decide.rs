@@ -165,7 +165,9 @@ fn before_begin(facts: &RestoreFacts, now: Timestamp) -> RestoreStep {
         return if facts.has_finalizer() { RestoreStep::RemoveFinalizer } else { RestoreStep::Idle };
     }
     if facts.rollback_request().is_some() {
-        return RestoreStep::RefuseRollback("the restore has not begun, so there is nothing to bring back".to_owned());
+        return RestoreStep::RefuseRollback(
+            "the restore has not begun, so there is nothing to bring back".to_owned(),
+        );
     }
     if let Some(holder) = &facts.busy_with {
         return queued(facts, holder);
@@ -219,7 +221,9 @@ pub(super) fn unapproved(facts: &RestoreFacts, plan: &RestorePlan) -> Option<Why
         Some(approved) if approved == hash => None,
         Some(approved) => Some(Why {
             reason: PLAN_CHANGED,
-            message: format!("the approved plan {approved} is not what would be done now: read the plan, then {remedy}"),
+            message: format!(
+                "the approved plan {approved} is not what would be done now: read the plan, then {remedy}"
+            ),
         }),
         None => Some(Why {
             reason: DRY_RUN,
@@ -245,7 +249,8 @@ fn rollback_after_end(facts: &RestoreFacts, now: Timestamp) -> RestoreStep {
         }
     };
     if status.rollback_until.as_ref().is_none_or(|until| until.0 <= now) {
-        let message = "the rollback window is over, or there were no volumes before: restore another recovery point";
+        let message =
+            "the rollback window is over, or there were no volumes before: restore another recovery point";
         return RestoreStep::RefuseRollback(message.to_owned());
     }
     let view = View { facts, swap, world, now };
@@ -303,7 +308,9 @@ fn wish(view: &View<'_>) -> Option<RestoreStep> {
         let message = "the old volumes were asked for";
         return Some(match (swap.toward, swap.step) {
             (Toward::Previous, _) | (_, SwapStep::Abandoning) => RestoreStep::RollBack(swap.clone()),
-            (Toward::Restored, _) if !view.is_down() => RestoreStep::RollBack(view.given_up(ROLLED_BACK, message)),
+            (Toward::Restored, _) if !view.is_down() => {
+                RestoreStep::RollBack(view.given_up(ROLLED_BACK, message))
+            }
             (Toward::Restored, _) => match view.no_way_back() {
                 Some(message) => RestoreStep::RefuseRollback(message),
                 None => RestoreStep::RollBack(view.rolled_back(None)),

@@ -10,9 +10,7 @@ use sts_backup_api::restore::OnFailure;
 use sts_backup_api::run::Failure;
 use sts_backup_api::swap::{Swap, SwapStep, SwapVolume, Toward};
 
-use super::decide::{
-    CONTESTED, LOOK_AGAIN, PODS_NOT_READY, RestoreStep, VolumeChange, Work, Write, later,
-};
+use super::decide::{CONTESTED, LOOK_AGAIN, PODS_NOT_READY, RestoreStep, VolumeChange, Work, Write, later};
 use super::facts::{ClaimFacts, PodFacts, SetFacts};
 use super::plan::final_claim;
 use super::prepare::volumes_gone;
@@ -53,7 +51,11 @@ pub(super) fn scaling_down(view: &View<'_>) -> RestoreStep {
     if view.swap.contests > 0 && view.swap.toward == Toward::Restored {
         let swap = without_served(view);
         if swap.volumes.iter().any(|volume| volume.snapshot.is_some() && volume.restored.is_none()) {
-            return RestoreStep::Record(Swap { step: SwapStep::Staging, step_since: MicroTime(view.now), ..swap });
+            return RestoreStep::Record(Swap {
+                step: SwapStep::Staging,
+                step_since: MicroTime(view.now),
+                ..swap
+            });
         }
     }
     RestoreStep::Record(view.at(SwapStep::Swapping))
@@ -183,7 +185,8 @@ pub(super) fn contest(view: &View<'_>, set: &SetFacts) -> String {
 fn without_served(view: &View<'_>) -> Swap {
     let mut swap = view.swap.clone();
     let is_restored = |volume: &SwapVolume| volume.snapshot.is_some();
-    let all_new = view.swap.volumes.iter().filter(|volume| is_restored(volume)).all(|volume| view.was_bound(volume));
+    let all_new =
+        view.swap.volumes.iter().filter(|volume| is_restored(volume)).all(|volume| view.was_bound(volume));
     if swap.toward == Toward::Previous || all_new {
         return swap;
     }
@@ -221,7 +224,8 @@ pub(super) fn swapping(view: &View<'_>) -> RestoreStep {
     if !going.is_empty() {
         return guarded(view, &going).unwrap_or_else(|step| step);
     }
-    let missing = view.swap.volumes.iter().filter(|volume| view.claim(volume).is_none() && view.is_armed(volume));
+    let missing =
+        view.swap.volumes.iter().filter(|volume| view.claim(volume).is_none() && view.is_armed(volume));
     let creations = missing.filter_map(|volume| {
         let claim = final_claim(volume, view.target(volume)?, view.swap.toward);
         Some(Write::CreateClaim(Box::new(claim)))
@@ -299,7 +303,9 @@ fn until_bound(view: &View<'_>) -> RestoreStep {
     let deadline = view.deadline(view.facts.restore.spec.pvc_deletion_timeout());
     let is_late = view.now >= deadline;
     let until = if is_late { later(view.now, LOOK_AGAIN) } else { deadline };
-    let ending = |volume: &SwapVolume| view.claim(volume).filter(|claim| claim.ending).map(|claim| (volume.claim.clone(), claim));
+    let ending = |volume: &SwapVolume| {
+        view.claim(volume).filter(|claim| claim.ending).map(|claim| (volume.claim.clone(), claim))
+    };
     let ending: Vec<_> = view.swap.volumes.iter().filter_map(ending).collect();
     if ending.is_empty() {
         return RestoreStep::wait("Binding", "the claims are being bound to their volumes", Some(until));
@@ -308,12 +314,16 @@ fn until_bound(view: &View<'_>) -> RestoreStep {
         return RestoreStep::wait("Exchanging", "the claims are going", Some(until));
     }
     let stuck = ending.iter().map(|(name, claim)| {
-        let pods = view.world.pods.iter().filter(|pod| pod.claims.contains(name)).map(|pod| pod.name.as_str());
+        let pods =
+            view.world.pods.iter().filter(|pod| pod.claims.contains(name)).map(|pod| pod.name.as_str());
         let pods: Vec<_> = pods.collect();
         format!("{name} (finalizers: {}; pods: {})", claim.finalizers.join(", "), pods.join(", "))
     });
     let stuck: Vec<_> = stuck.collect();
-    let message = format!("claims do not go: {}. Remove what holds them; the restore goes on by itself", stuck.join("; "));
+    let message = format!(
+        "claims do not go: {}. Remove what holds them; the restore goes on by itself",
+        stuck.join("; ")
+    );
     RestoreStep::wait("ClaimStuck", message, Some(until))
 }
 
@@ -374,14 +384,16 @@ fn way_back(view: &View<'_>) -> String {
 /// The pods that are not ready yet, among those that went down; or the `StatefulSet`, where it is behind.
 fn unready(view: &View<'_>, set: &SetFacts, generation: i64) -> Vec<String> {
     let end = set.start.saturating_add(set.replicas);
-    let mut ordinals: Vec<_> = view.swap.volumes.iter().map(|volume| volume.ordinal).filter(|at| *at < end).collect();
+    let mut ordinals: Vec<_> =
+        view.swap.volumes.iter().map(|volume| volume.ordinal).filter(|at| *at < end).collect();
     ordinals.dedup();
     let is_ready = |ordinal: &i32| {
         view.world.pods.iter().any(|pod| pod.ordinal == Some(*ordinal) && pod.ready && !pod.ending)
     };
     ordinals.retain(|ordinal| !is_ready(ordinal));
     let mut late: Vec<_> = ordinals.into_iter().map(|ordinal| format!("{}-{ordinal}", set.name)).collect();
-    let is_behind = set.observed_generation < generation.max(set.generation) || set.ready_replicas < set.replicas;
+    let is_behind =
+        set.observed_generation < generation.max(set.generation) || set.ready_replicas < set.replicas;
     if late.is_empty() && is_behind {
         late.push(format!("{} of {} of {}", set.replicas - set.ready_replicas, set.replicas, set.name));
     }

@@ -134,8 +134,9 @@ impl World {
         let set = set.as_ref().map(SetFacts::of);
         let ours: BTreeSet<_> = swap.volumes.iter().map(|volume| volume.claim.as_str()).collect();
         let pods = pods.iter().map(|pod| PodFacts::of(pod, set.as_ref()));
-        let matters =
-            |pod: &PodFacts| pod.ordinal.is_some() || pod.claims.iter().any(|claim| ours.contains(claim.as_str()));
+        let matters = |pod: &PodFacts| {
+            pod.ordinal.is_some() || pod.claims.iter().any(|claim| ours.contains(claim.as_str()))
+        };
         let pods = pods.filter(matters).collect();
         let claims = claims.iter().map(|claim| (claim.name_any(), ClaimFacts::of(claim)));
         let matters =
@@ -197,14 +198,11 @@ pub(super) struct PodFacts {
 impl PodFacts {
     pub(super) fn of(pod: &Pod, set: Option<&SetFacts>) -> Self {
         let owns = |set: &&SetFacts| {
-            pod.owner_references()
-                .iter()
-                .any(|owner| owner.controller == Some(true) && owner.uid == set.uid)
+            pod.owner_references().iter().any(|owner| owner.controller == Some(true) && owner.uid == set.uid)
         };
         let name = pod.name_any();
-        let ordinal = set
-            .filter(owns)
-            .and_then(|set| name.strip_prefix(&set.name)?.strip_prefix('-')?.parse().ok());
+        let ordinal =
+            set.filter(owns).and_then(|set| name.strip_prefix(&set.name)?.strip_prefix('-')?.parse().ok());
         let conditions = pod.status.as_ref().and_then(|status| status.conditions.as_ref());
         let ready = conditions
             .into_iter()
@@ -212,7 +210,8 @@ impl PodFacts {
             .any(|condition| condition.type_ == "Ready" && condition.status == "True");
         let volumes = pod.spec.as_ref().and_then(|spec| spec.volumes.as_ref());
         let claims = volumes.into_iter().flatten();
-        let claims = claims.filter_map(|volume| Some(volume.persistent_volume_claim.as_ref()?.claim_name.clone()));
+        let claims =
+            claims.filter_map(|volume| Some(volume.persistent_volume_claim.as_ref()?.claim_name.clone()));
         Self {
             uid: pod.uid().unwrap_or_default(),
             ordinal,
@@ -358,8 +357,9 @@ pub(super) fn bytes(Quantity(text): &Quantity) -> Option<i64> {
         ("E", 1000, 6),
         ("", 1, 1),
     ];
-    let (number, base, power) =
-        SUFFIXES.iter().find_map(|(suffix, base, power)| Some((text.strip_suffix(suffix)?, *base, *power)))?;
+    let (number, base, power) = SUFFIXES
+        .iter()
+        .find_map(|(suffix, base, power)| Some((text.strip_suffix(suffix)?, *base, *power)))?;
     let unit = i64::from(base).checked_pow(power)?;
     match number.split_once('.') {
         None => number.parse::<i64>().ok()?.checked_mul(unit),

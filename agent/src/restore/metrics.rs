@@ -81,7 +81,12 @@ impl RestoreMetrics {
     }
 
     /// A restore has ended; its status as it was just written.
-    pub(super) fn finished(&self, restore: &StatefulSetRestore, outcome: Outcome, status: &StatefulSetRestoreStatus) {
+    pub(super) fn finished(
+        &self,
+        restore: &StatefulSetRestore,
+        outcome: Outcome,
+        status: &StatefulSetRestoreStatus,
+    ) {
         let labels = Labels::of(restore);
         let family = match outcome {
             Outcome::Completed => &self.successes,
@@ -156,7 +161,11 @@ impl Collector for Scrape {
         for (name, help, family) in [
             ("sts_restore_attempt", "Restores that were begun", attempts),
             ("sts_restore_success", "Restores that completed", successes),
-            ("sts_restore_failure", "Restores that were refused or given up, with nothing exchanged", failures),
+            (
+                "sts_restore_failure",
+                "Restores that were refused or given up, with nothing exchanged",
+                failures,
+            ),
             ("sts_restore_rollback", "Restores whose old volumes were brought back", rollbacks),
         ] {
             family.encode(encoder.encode_descriptor(name, help, None, MetricType::Counter)?)?;

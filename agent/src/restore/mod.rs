@@ -33,7 +33,9 @@ use jiff::Timestamp;
 use kube::api::ListParams;
 use kube::runtime::controller::{Action, Config as ControllerConfig, Controller, Error as ControllerError};
 use kube::runtime::events::Reporter;
+use kube::runtime::reflector::{self, ObjectRef};
 use kube::runtime::watcher::Config as WatcherConfig;
+use kube::runtime::{WatchStreamExt, watcher};
 use kube::{Api, ResourceExt};
 use rand::Rng;
 use sts_backup_api::names::FIELD_MANAGER;
@@ -44,15 +46,16 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{debug, error, info, warn};
 
-use self::context::{Context, Occupancy};
+use self::context::{Context, set_name};
 use self::decide::{RestoreStep, Work, Write, after_refusal, next_restore_step};
 use self::facts::{RestoreFacts, has_finalizer, under_way};
 use self::metrics::RestoreMetrics;
 use self::observe::observe;
 use self::perform::{Performed, Target};
 use self::status::{next_status, notes};
-use self::triggers::{stateful_set_changes, volume_changes, watch};
+use self::triggers::{freed_sets, stateful_set_changes, volume_changes, watch};
 use crate::backup::error::{Error, Result};
+use crate::occupancy::Holder;
 use crate::{app, clock, telemetry};
 
 /// How long one look at a restore may take before it is given up and tried again.
@@ -67,11 +70,20 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 
 /// Restores until `stop` is cancelled; who leads next goes on.
 pub(crate) async fn run(app: app::Context, stop: CancellationToken) {
-    let app::Context { client, exec_client, leadership, config, metrics } = app;
+    let app::Context { client, exec_client, leadership, config, metrics, occupancy } = app;
     let (wake, woken) = mpsc::unbounded_channel();
     let restores: Api<StatefulSetRestore> = Api::all(client.clone());
-    let controller = Controller::new(restores.clone(), WatcherConfig::default());
-    let store = controller.store();
+    let (store, writer) = reflector::store();
+    let changes = watcher(restores.clone(), WatcherConfig::default())
+        .default_backoff()
+        .modify(keep)
+        .reflect(writer)
+        .applied_objects();
+    let controller = Controller::for_stream(changes, store.clone());
+    let known = store.clone();
+    let freed = occupancy.join::<StatefulSetRestore>(move |holder| {
+        known.get(&ObjectRef::new(&holder.name).within(&holder.namespace)).is_some()
+    });
     let cx = Arc::new(Context {
         reporter: Reporter { controller: FIELD_MANAGER.to_owned(), instance: Some(config.identity.clone()) },
         metrics: RestoreMetrics::register(&metrics, store.clone()),
@@ -80,8 +92,7 @@ pub(crate) async fn run(app: app::Context, stop: CancellationToken) {
         leadership,
         stop: stop.clone(),
         tasks: TaskTracker::new(),
-        occupancy: Occupancy::default(),
-        restores: store.clone(),
+        occupancy,
         wake,
         watches: DashMap::new(),
         failures: DashMap::new(),
@@ -91,7 +102,8 @@ pub(crate) async fn run(app: app::Context, stop: CancellationToken) {
         let control = controller
             .with_config(ControllerConfig::default().concurrency(config.concurrent_reconciles))
             .reconcile_on(stateful_set_changes(client.clone(), store.clone()))
-            .reconcile_on(volume_changes(client, store))
+            .reconcile_on(volume_changes(client, store.clone()))
+            .reconcile_on(freed_sets(freed, store))
             .reconcile_on(UnboundedReceiverStream::new(woken))
             .graceful_shutdown_on(stop.clone().cancelled_owned())
             .run(reconcile, error_policy, Arc::clone(&cx))
@@ -108,6 +120,17 @@ pub(crate) async fn run(app: app::Context, stop: CancellationToken) {
     info!("restore controller stopped");
 }
 
+/// Drops what nobody reads in the store, and what is most of it: each look reads its restore anew.
+fn keep(restore: &mut StatefulSetRestore) {
+    restore.metadata.managed_fields = None;
+    if let Some(status) = &mut restore.status {
+        status.plan = None;
+        if let Some(swap) = &mut status.swap {
+            swap.volumes.clear();
+        }
+    }
+}
+
 /// Takes in hand what an earlier leader had, before anybody begins anything.
 async fn resume(cx: &Arc<Context>, restores: &Api<StatefulSetRestore>) {
     let mut failures = 0;
@@ -122,13 +145,13 @@ async fn resume(cx: &Arc<Context>, restores: &Api<StatefulSetRestore>) {
             }
         }
     };
-    let is_under_way =
-        |restore: &&StatefulSetRestore| restore.status.as_ref().is_some_and(|status| under_way(status).is_some());
+    let is_under_way = |restore: &&StatefulSetRestore| {
+        restore.status.as_ref().is_some_and(|status| under_way(status).is_some())
+    };
     for restore in found.items.iter().filter(is_under_way) {
-        if let Err(holder) = cx.occupy(restore) {
-            warn!(restore = %restore.name_any(), holder, "two restores of one StatefulSet are under way");
-        }
+        cx.occupancy.resume(set_name(restore), Holder::of(restore));
     }
+    cx.occupancy.all_resumed().await;
 }
 
 /// One look at a restore: everything that can be done about it now.
@@ -193,7 +216,9 @@ async fn next_steps(cached: &StatefulSetRestore, cx: &Arc<Context>) -> Result<Ac
                 if !written.status.as_ref().is_some_and(|status| under_way(status).is_some()) {
                     cx.vacate(&written);
                 }
-                return Ok(until.map_or_else(|| Action::requeue(jittered(RESYNC)), |until| wake_at(until, now)));
+                return Ok(
+                    until.map_or_else(|| Action::requeue(jittered(RESYNC)), |until| wake_at(until, now))
+                );
             }
             RestoreStep::Idle => {
                 cx.vacate(&restore);
@@ -214,9 +239,9 @@ fn take_in_hand(cx: &Arc<Context>, restore: &StatefulSetRestore) -> Option<Strin
     let has_ended = status.is_some_and(|status| status.completion_time.is_some());
     let begins = has_finalizer(restore) && (!has_ended || facts::rollback_request(restore).is_some());
     if swap.is_some() || begins {
-        cx.occupy(restore).err()
+        cx.occupy(restore).err().map(|holder| holder.to_string())
     } else {
-        cx.busy_with(restore)
+        cx.busy_with(restore).map(|holder| holder.to_string())
     }
 }
 

@@ -422,7 +422,8 @@ impl Cluster {
                 self.claims.insert(claim.name_any(), claim);
             }
             Write::DeleteClaim { name, uid } => {
-                let Some(claim) = self.claims.get(name).filter(|claim| claim.uid().as_ref() == Some(uid)) else {
+                let Some(claim) = self.claims.get(name).filter(|claim| claim.uid().as_ref() == Some(uid))
+                else {
                     return Ok(());
                 };
                 let is_staged = claim.labels().contains_key(RESTORE_LABEL);
@@ -441,7 +442,9 @@ impl Cluster {
             Write::Scale { uid, resource_version, replicas } => {
                 let is_right = self.set.as_ref().is_some_and(|set| {
                     set.uid().as_ref() == Some(uid)
-                        && resource_version.as_ref().is_none_or(|version| set.resource_version().as_ref() == Some(version))
+                        && resource_version
+                            .as_ref()
+                            .is_none_or(|version| set.resource_version().as_ref() == Some(version))
                 });
                 if is_right {
                     let patch = scale_patch(uid, None, *replicas);
@@ -491,7 +494,8 @@ impl Cluster {
         let generation = set.metadata.generation.unwrap();
         let templates: Vec<_> =
             spec.volume_claim_templates.iter().flatten().map(ResourceExt::name_any).collect();
-        let own = |pod: &Pod| pod.owner_references().iter().any(|owner| Some(&owner.uid) == set.uid().as_ref());
+        let own =
+            |pod: &Pod| pod.owner_references().iter().any(|owner| Some(&owner.uid) == set.uid().as_ref());
         let ready = self.pods.values().filter(|pod| own(pod) && is_ready(pod)).count();
         let known = super::facts::SetFacts::of(&set);
         let ready = i32::try_from(ready).unwrap();
@@ -510,7 +514,8 @@ impl Cluster {
                 }
                 continue;
             }
-            let claims: Vec<_> = templates.iter().map(|template| format!("{template}-db-{ordinal}")).collect();
+            let claims: Vec<_> =
+                templates.iter().map(|template| format!("{template}-db-{ordinal}")).collect();
             if claims.iter().any(|claim| {
                 self.claims.get(claim).is_some_and(|claim| claim.metadata.deletion_timestamp.is_some())
             }) {
@@ -528,9 +533,11 @@ impl Cluster {
             self.create_pod(&name, &claims, &set);
             return true;
         }
-        let condemned: Vec<_> = (replicas..REPLICAS + 2).rev().map(|ordinal| format!("db-{ordinal}")).collect();
+        let condemned: Vec<_> =
+            (replicas..REPLICAS + 2).rev().map(|ordinal| format!("db-{ordinal}")).collect();
         let all = (0..REPLICAS + 2).map(|ordinal| format!("db-{ordinal}"));
-        let first_unhealthy = all.filter_map(|name| self.pods.get(&name)).find(|pod| !is_ready(pod)).map(ResourceExt::name_any);
+        let first_unhealthy =
+            all.filter_map(|name| self.pods.get(&name)).find(|pod| !is_ready(pod)).map(ResourceExt::name_any);
         for name in condemned {
             let Some(pod) = self.pods.get(&name).filter(|pod| own(pod)) else { continue };
             if pod.metadata.deletion_timestamp.is_some() {
@@ -611,7 +618,8 @@ impl Cluster {
             let is_broken = self.is_all_broken || (is_new && self.is_new_broken);
             if is_ready(&pod) == is_broken {
                 let ready = if is_broken { "False" } else { "True" };
-                let conditions = json!({ "status": { "conditions": [{ "type": "Ready", "status": ready }] } });
+                let conditions =
+                    json!({ "status": { "conditions": [{ "type": "Ready", "status": ready }] } });
                 self.pods.insert(name.clone(), changed(&pod, &conditions));
                 return true;
             }
@@ -655,7 +663,8 @@ impl Cluster {
             let phase = match facts.claim.as_ref().map(|claim| (&claim.name, &claim.uid)) {
                 None | Some((_, None)) => "Available",
                 Some((claim, Some(uid))) => {
-                    let exists = self.claims.get(claim).is_some_and(|claim| claim.uid().as_ref() == Some(uid));
+                    let exists =
+                        self.claims.get(claim).is_some_and(|claim| claim.uid().as_ref() == Some(uid));
                     if exists { "Bound" } else { "Released" }
                 }
             };
@@ -672,7 +681,8 @@ impl Cluster {
         }
         for name in self.claims.keys().cloned().collect::<Vec<_>>() {
             let claim = self.claims[&name].clone();
-            let is_pending = claim.status.as_ref().and_then(|status| status.phase.as_deref()) == Some("Pending");
+            let is_pending =
+                claim.status.as_ref().and_then(|status| status.phase.as_deref()) == Some("Pending");
             if is_pending && claim.metadata.deletion_timestamp.is_none() && self.bind(&name, &claim) {
                 return true;
             }
@@ -691,14 +701,18 @@ impl Cluster {
         let found = self.volumes.values().find(fits).map(ResourceExt::name_any);
         if let Some(volume) = found {
             let claim_ref = json!({ "namespace": NAMESPACE, "name": name, "uid": claim.uid() });
-            self.change_volume(&volume, &json!({ "spec": { "claimRef": claim_ref }, "status": { "phase": "Bound" } }));
+            self.change_volume(
+                &volume,
+                &json!({ "spec": { "claimRef": claim_ref }, "status": { "phase": "Bound" } }),
+            );
             self.set_bound(name, &volume);
             return true;
         }
         if asked.is_some() || self.is_storage_down {
             return false;
         }
-        let source = claim.spec.as_ref().and_then(|spec| spec.data_source.as_ref()).map(|source| source.name.clone());
+        let source =
+            claim.spec.as_ref().and_then(|spec| spec.data_source.as_ref()).map(|source| source.name.clone());
         let data = match source {
             Some(snapshot) if self.snapshots.contains(&snapshot) => {
                 Data::New(snapshot.strip_prefix("snap-").unwrap().to_owned())
@@ -808,7 +822,9 @@ impl Cluster {
     pub(super) fn check(&self) {
         let mut armed = BTreeSet::new();
         for volume in self.volumes.values().map(VolumeFacts::of) {
-            let Some(claim) = &volume.claim else { self.fail(&format!("{} is open to anybody", volume.name)) };
+            let Some(claim) = &volume.claim else {
+                self.fail(&format!("{} is open to anybody", volume.name))
+            };
             if claim.uid.is_none() && !armed.insert(claim.name.clone()) {
                 self.fail(&format!("two volumes wait for {}", claim.name));
             }
@@ -817,7 +833,8 @@ impl Cluster {
 
     fn check_deletion(&self, name: &str) {
         let swap = self.restore.as_ref().and_then(|restore| restore.status.as_ref()?.swap.as_ref());
-        let Some(volume) = swap.and_then(|swap| swap.volumes.iter().find(|volume| volume.claim == name)) else {
+        let Some(volume) = swap.and_then(|swap| swap.volumes.iter().find(|volume| volume.claim == name))
+        else {
             self.fail(&format!("{name} is deleted, and nobody knows what it was"))
         };
         let claim = &self.claims[name];
@@ -827,7 +844,8 @@ impl Cluster {
         {
             self.fail(&format!("{name} is deleted, and its volume with it"));
         }
-        let waits = self.volumes.values().map(VolumeFacts::of).find(|volume| volume.is_armed_for(NAMESPACE, name));
+        let waits =
+            self.volumes.values().map(VolumeFacts::of).find(|volume| volume.is_armed_for(NAMESPACE, name));
         let is_safe = waits.as_ref().is_some_and(|waiting| {
             waiting.phase == "Available"
                 && waiting.policy == "Retain"
@@ -899,7 +917,10 @@ impl Cluster {
                 Data::Old(volume.claim.clone())
             };
             if self.storage[&handle] != expected && !is_gone && volume.previous.is_some() {
-                self.fail(&format!("{} has {:?} instead of {expected:?}", volume.claim, self.storage[&handle]));
+                self.fail(&format!(
+                    "{} has {:?} instead of {expected:?}",
+                    volume.claim, self.storage[&handle]
+                ));
             }
             if is_new && volume.snapshot.is_some() && self.tainted.contains(&handle) {
                 self.fail(&format!("{} has data that was written beside other data", volume.claim));
@@ -923,7 +944,10 @@ impl Cluster {
         self.pass(Duration::from_hours(3));
         self.settle();
         for volume in self.volumes.values().map(VolumeFacts::of) {
-            let is_served = self.claims.values().any(|claim| claim.uid() == volume.claim.as_ref().and_then(|claim| claim.uid.clone()));
+            let is_served = self
+                .claims
+                .values()
+                .any(|claim| claim.uid() == volume.claim.as_ref().and_then(|claim| claim.uid.clone()));
             if volume.restore.is_some() {
                 self.fail(&format!("{} is never given back", volume.name));
             }

@@ -52,7 +52,10 @@ async fn verdict(client: &Client, facts: &RestoreFacts) -> Result<Verdict> {
              {ALLOW_RESTORE_FROM_ANNOTATION}={own}",
             facts.set_name()
         );
-        return Ok(Verdict::Wait(Problem { reason: sts_backup_api::conditions::NAMESPACE_NOT_GRANTED, message }));
+        return Ok(Verdict::Wait(Problem {
+            reason: sts_backup_api::conditions::NAMESPACE_NOT_GRANTED,
+            message,
+        }));
     }
     let survey = survey(client, &facts.restore).await?;
     Ok(plan(&facts.restore, &survey, clock::now()))
@@ -62,7 +65,8 @@ async fn verdict(client: &Client, facts: &RestoreFacts) -> Result<Verdict> {
 async fn is_granted(client: &Client, namespace: &str, to: &str) -> Result<bool> {
     let namespaces: Api<Namespace> = Api::all(client.clone());
     let found = namespaces.get_metadata_opt(namespace).await.map_err(Error::request("get the Namespace"))?;
-    let granted = found.and_then(|namespace| namespace.annotations().get(ALLOW_RESTORE_FROM_ANNOTATION).cloned());
+    let granted =
+        found.and_then(|namespace| namespace.annotations().get(ALLOW_RESTORE_FROM_ANNOTATION).cloned());
     Ok(granted.is_some_and(|granted| granted.split(',').any(|granted| granted.trim() == to)))
 }
 
@@ -78,9 +82,8 @@ async fn world(client: &Client, facts: &RestoreFacts, swap: &Swap) -> Result<Wor
     let everything = ListParams::default();
     let set = async { sets.get_opt(name).await.map_err(Error::request("get the StatefulSet")) };
     let pods = async { pods.list(&everything).await.map_err(Error::request("list the Pods")) };
-    let home = async {
-        namespaces.get_metadata_opt(namespace).await.map_err(Error::request("get the Namespace"))
-    };
+    let home =
+        async { namespaces.get_metadata_opt(namespace).await.map_err(Error::request("get the Namespace")) };
     let snapshots = async {
         match swap.step {
             SwapStep::Staging => usable_snapshots(client, namespace, swap).await.map(Some),
@@ -122,12 +125,14 @@ async fn volumes(
         let is_staged = claim.labels().get(RESTORE_LABEL).is_some_and(|label| label == uid);
         is_staged || claim.metadata.name.as_deref().is_some_and(|name| ours.contains(name))
     };
-    let of_claims = claims.iter().filter(is_ours).filter_map(|claim| claim.spec.as_ref()?.volume_name.clone());
+    let of_claims =
+        claims.iter().filter(is_ours).filter_map(|claim| claim.spec.as_ref()?.volume_name.clone());
     let of_swap = swap.volumes.iter().flat_map(|volume| [&volume.previous, &volume.restored]);
     let of_swap = of_swap.flatten().map(|pv| pv.name.clone());
     let missing: BTreeSet<_> =
         of_claims.chain(of_swap).filter(|name| !name.is_empty() && !found.contains_key(name)).collect();
-    let read = async |name: String| volumes.get_opt(&name).await.map_err(Error::request("get the PersistentVolume"));
+    let read =
+        async |name: String| volumes.get_opt(&name).await.map_err(Error::request("get the PersistentVolume"));
     let read: Vec<_> = stream::iter(missing).map(read).buffer_unordered(PARALLEL_READS).try_collect().await?;
     found.extend(read.into_iter().flatten().map(|volume| (volume.name_any(), volume)));
     Ok(found.into_values().collect())
@@ -141,7 +146,9 @@ async fn usable_snapshots(client: &Client, namespace: &str, swap: &Swap) -> Resu
     let wanted: BTreeSet<String> = wanted.filter_map(|volume| volume.snapshot.clone()).collect();
     let look = async |name: String| {
         let found = snapshots.get_opt(&name).await.map_err(Error::request("get the VolumeSnapshot"))?;
-        let Some(found) = found.filter(|found| found.metadata.deletion_timestamp.is_none()) else { return Ok(None) };
+        let Some(found) = found.filter(|found| found.metadata.deletion_timestamp.is_none()) else {
+            return Ok(None);
+        };
         let content = found.status.and_then(|status| status.bound_volume_snapshot_content_name);
         let Some(content) = content else { return Ok(None) };
         let content = contents.get_metadata_opt(&content).await;

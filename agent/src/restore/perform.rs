@@ -125,7 +125,8 @@ async fn one(client: &Client, target: Target<'_>, write: &Write, dry_run: bool) 
         Write::Volume { name, uid, resource_version, change } => {
             let volumes: Api<PersistentVolume> = Api::all(client.clone());
             let patch = volume_patch(uid, resource_version.as_deref(), change);
-            let params = PatchParams { field_manager: Some(FIELD_MANAGER.to_owned()), ..PatchParams::default() };
+            let params =
+                PatchParams { field_manager: Some(FIELD_MANAGER.to_owned()), ..PatchParams::default() };
             let patched = volumes.patch(name, &params, &Patch::Merge(patch)).await;
             patched.map_err(Error::request("patch the PersistentVolume"))?;
         }
@@ -141,7 +142,8 @@ async fn one(client: &Client, target: Target<'_>, write: &Write, dry_run: bool) 
         Write::Scale { uid, resource_version, replicas } => {
             let sets: Api<StatefulSet> = Api::namespaced(client.clone(), namespace);
             let patch = scale_patch(uid, resource_version.as_deref(), *replicas);
-            let params = PatchParams { field_manager: Some(FIELD_MANAGER.to_owned()), ..PatchParams::default() };
+            let params =
+                PatchParams { field_manager: Some(FIELD_MANAGER.to_owned()), ..PatchParams::default() };
             let patched = sets.patch_scale(set, &params, &Patch::Merge(patch)).await;
             done(patched, "scale the StatefulSet")?;
         }
@@ -211,7 +213,9 @@ pub(super) fn volume_patch(uid: &str, resource_version: Option<&str>, change: &V
                 "resourceVersion": null,
             } },
         }),
-        VolumeChange::Disarm => json!({ "spec": { "claimRef": { "uid": NO_CLAIM, "resourceVersion": null } } }),
+        VolumeChange::Disarm => {
+            json!({ "spec": { "claimRef": { "uid": NO_CLAIM, "resourceVersion": null } } })
+        }
         VolumeChange::Release { policy } => json!({
             "metadata": {
                 "labels": { RESTORE_LABEL: null },

@@ -23,9 +23,11 @@ pub(super) fn protecting(view: &View<'_>) -> RestoreStep {
         }
         Toward::Previous => {
             if let Some(message) = view.no_way_back()
-                && view.swap.volumes.iter().all(|volume| {
-                    volume.wanted(Toward::Restored).is_some_and(|pv| view.is_bound(volume, pv))
-                })
+                && view
+                    .swap
+                    .volumes
+                    .iter()
+                    .all(|volume| volume.wanted(Toward::Restored).is_some_and(|pv| view.is_bound(volume, pv)))
             {
                 // They have gone at the last moment, and nothing is exchanged yet.
                 let failure = Some(Failure { reason: "NoWayBack".to_owned(), message });
@@ -90,12 +92,16 @@ pub(super) fn staging(view: &View<'_>) -> RestoreStep {
         .filter_map(|volume| claim_of_staging(view, volume))
         .collect();
     let going = unstage.iter().filter(|(_, claim)| !claim.ending);
-    let deletions = going.map(|(name, claim)| Write::DeleteClaim { name: name.clone(), uid: claim.uid.clone() });
+    let deletions =
+        going.map(|(name, claim)| Write::DeleteClaim { name: name.clone(), uid: claim.uid.clone() });
     if let Some(step) = View::work(Work::Unstage, deletions) {
         return step;
     }
     let deadline = view.deadline(view.facts.restore.spec.provision_timeout());
-    if staged.waiting.is_empty() && unstage.is_empty() && view.swap.volumes.iter().all(|v| is_released(view, v)) {
+    if staged.waiting.is_empty()
+        && unstage.is_empty()
+        && view.swap.volumes.iter().all(|v| is_released(view, v))
+    {
         return RestoreStep::Record(view.at(SwapStep::ScalingDown));
     }
     let message = if staged.waiting.is_empty() {
@@ -104,7 +110,9 @@ pub(super) fn staging(view: &View<'_>) -> RestoreStep {
         format!("volumes are being made for {}", staged.waiting.join(", "))
     };
     if view.now >= deadline {
-        let message = format!("not in time: {message}. Look at the PersistentVolumeClaims' Events, or raise provisionTimeoutSeconds");
+        let message = format!(
+            "not in time: {message}. Look at the PersistentVolumeClaims' Events, or raise provisionTimeoutSeconds"
+        );
         return view.give_up("ProvisioningTimedOut", &message);
     }
     RestoreStep::wait("Provisioning", message, Some(deadline.min(later(view.now, LOOK_AGAIN))))
@@ -131,9 +139,7 @@ fn claim_of_staging<'a>(view: &View<'a>, volume: &SwapVolume) -> Option<(String,
 /// The claim that a new volume was made by has let go of it.
 fn is_released(view: &View<'_>, volume: &SwapVolume) -> bool {
     let restored = volume.restored.as_ref().and_then(|pv| view.pv(pv));
-    restored.is_none_or(|found| {
-        found.is_free() || found.is_for(view.facts.target_namespace(), &volume.claim)
-    })
+    restored.is_none_or(|found| found.is_free() || found.is_for(view.facts.target_namespace(), &volume.claim))
 }
 
 /// How far the making of new volumes is.
@@ -154,7 +160,9 @@ fn staged(view: &View<'_>) -> Result<Staged, RestoreStep> {
         if let Some((name, claim)) = &staged
             && claim.restore.as_deref() != Some(view.facts.uid())
         {
-            let message = format!("PersistentVolumeClaim {name} is not of this restore: delete it, and create another restore");
+            let message = format!(
+                "PersistentVolumeClaim {name} is not of this restore: delete it, and create another restore"
+            );
             return Err(view.give_up("NameTaken", &message));
         }
         let made = staged.as_ref().filter(|(_, claim)| claim.is_bound());
@@ -196,7 +204,9 @@ fn check_snapshot(view: &View<'_>, volume: &SwapVolume) -> Result<(), RestoreSte
         return Ok(());
     }
     let namespace = view.facts.target_namespace();
-    let message = format!("VolumeSnapshot {namespace}/{snapshot} or its content is gone: restore another recovery point");
+    let message = format!(
+        "VolumeSnapshot {namespace}/{snapshot} or its content is gone: restore another recovery point"
+    );
     Err(view.give_up("SnapshotGone", &message))
 }
 
@@ -300,7 +310,8 @@ fn unstaged(view: &View<'_>) -> Option<RestoreStep> {
         is_lost.then(|| View::change(found, keep()))
     });
     let doomed = staged().filter(|(_, claim)| !claim.ending);
-    let deletions = doomed.map(|(name, claim)| Write::DeleteClaim { name: name.clone(), uid: claim.uid.clone() });
+    let deletions =
+        doomed.map(|(name, claim)| Write::DeleteClaim { name: name.clone(), uid: claim.uid.clone() });
     View::work(Work::Release, lost).or_else(|| View::work(Work::Unstage, deletions))
 }
 
@@ -325,7 +336,8 @@ pub(super) fn abandoning(view: &View<'_>) -> RestoreStep {
     if let Some(step) = View::work(Work::Release, abandoned_volumes(view)) {
         return step;
     }
-    unstaged(view).unwrap_or_else(|| RestoreStep::Finish { outcome: Outcome::Failed, swap: view.swap.clone() })
+    unstaged(view)
+        .unwrap_or_else(|| RestoreStep::Finish { outcome: Outcome::Failed, swap: view.swap.clone() })
 }
 
 /// What becomes of the volumes: the new ones hold no data that is not in a snapshot, and go at once.

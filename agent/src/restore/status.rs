@@ -18,18 +18,15 @@ use crate::events::Note;
 pub(super) const SUCCEEDED: &str = "Succeeded";
 
 /// What a restore under way waits for that may need somebody.
-const STUCK: [&str; 7] = [
-    PODS_NOT_READY,
-    "ClaimRefused",
-    "ClaimStuck",
-    "NotScaledDown",
-    "PodsGoing",
-    "Refused",
-    "VolumeGone",
-];
+const STUCK: [&str; 7] =
+    [PODS_NOT_READY, "ClaimRefused", "ClaimStuck", "NotScaledDown", "PodsGoing", "Refused", "VolumeGone"];
 
 /// The status after the step is written down, and before it is done.
-pub(super) fn next_status(facts: &RestoreFacts, step: &RestoreStep, now: Timestamp) -> StatefulSetRestoreStatus {
+pub(super) fn next_status(
+    facts: &RestoreFacts,
+    step: &RestoreStep,
+    now: Timestamp,
+) -> StatefulSetRestoreStatus {
     let mut status = facts.status.clone();
     match step {
         RestoreStep::Plan(plan) => {
@@ -156,7 +153,8 @@ fn set_conditions(
 ) {
     let generation = facts.restore.metadata.generation;
     let conditions = &mut status.conditions;
-    let mut set = |type_, value: (bool, &str, &str)| conditions::set(conditions, type_, value, generation, now);
+    let mut set =
+        |type_, value: (bool, &str, &str)| conditions::set(conditions, type_, value, generation, now);
     match step {
         RestoreStep::Plan(plan) => match unapproved(facts, plan) {
             Some(why) => set(PROGRESSING, (false, why.reason, &why.message)),
@@ -172,7 +170,10 @@ fn set_conditions(
             set(PROGRESSING, (true, reason, &message));
         }
         RestoreStep::RefuseRollback(message) => {
-            set(PROGRESSING, (false, "RollbackRefused", &format!("the old volumes are not brought back: {message}")));
+            set(
+                PROGRESSING,
+                (false, "RollbackRefused", &format!("the old volumes are not brought back: {message}")),
+            );
         }
         RestoreStep::Wait { why, .. } => {
             let is_going_on = facts.under_way().is_some() && !STUCK.contains(&why.reason);
@@ -196,7 +197,9 @@ fn going_on(swap: &Swap) -> (&'static str, String) {
         SwapStep::Protecting => ("Protecting", "the volumes that claims have now are kept"),
         SwapStep::Staging => ("Provisioning", "new volumes are made beside the running application"),
         SwapStep::ScalingDown => ("ScalingDown", "the pods are going"),
-        SwapStep::Swapping => ("Exchanging", "claims are deleted and made again, each with its wanted volume"),
+        SwapStep::Swapping => {
+            ("Exchanging", "claims are deleted and made again, each with its wanted volume")
+        }
         SwapStep::ScalingUp => ("ScalingUp", "the pods are coming back"),
         SwapStep::Releasing => ("Releasing", "the volumes get their own reclaim policies back"),
         SwapStep::Abandoning => ("Abandoning", "nothing was exchanged; the new volumes go"),
@@ -216,11 +219,13 @@ fn ended(facts: &RestoreFacts, outcome: Outcome, swap: &Swap) -> (&'static str, 
     match outcome {
         Outcome::Completed => {
             let window = facts.restore.spec.rollback_window;
-            let message = format!("{why}the application has the restored data; its old volumes stay for {window}");
+            let message =
+                format!("{why}the application has the restored data; its old volumes stay for {window}");
             ("Completed", message)
         }
         Outcome::RolledBack => {
-            let message = format!("{why}the application has its old data again; create another restore to try again");
+            let message =
+                format!("{why}the application has its old data again; create another restore to try again");
             (ROLLED_BACK, message)
         }
         Outcome::Failed => {
@@ -244,7 +249,11 @@ pub(super) fn notes(facts: &RestoreFacts, step: &RestoreStep) -> Vec<Note> {
             vec![Note::normal("Planned", "Plan", message)]
         }
         RestoreStep::Refuse(Failure { reason, message }) => {
-            vec![Note::warning("RestoreRefused", "Refuse", format!("{reason}: {message}; nothing was touched"))]
+            vec![Note::warning(
+                "RestoreRefused",
+                "Refuse",
+                format!("{reason}: {message}; nothing was touched"),
+            )]
         }
         RestoreStep::Begin { plan, .. } => {
             let message = format!("the data of {} is restored into {}", plan.point, facts.set_name());
@@ -252,7 +261,11 @@ pub(super) fn notes(facts: &RestoreFacts, step: &RestoreStep) -> Vec<Note> {
         }
         RestoreStep::Record(swap) => change(facts, swap),
         RestoreStep::RollBack(swap) if facts.under_way() != Some(swap) => {
-            vec![Note::normal("RollbackStarted", "RollBack", "the old volumes are brought back, as was asked for".to_owned())]
+            vec![Note::normal(
+                "RollbackStarted",
+                "RollBack",
+                "the old volumes are brought back, as was asked for".to_owned(),
+            )]
         }
         RestoreStep::RefuseRollback(message) => {
             vec![Note::warning("RollbackRefused", "RollBack", message.clone())]
@@ -292,12 +305,15 @@ fn change(facts: &RestoreFacts, swap: &Swap) -> Vec<Note> {
     let failure = swap.failure.as_ref().map_or_else(String::new, |failure| failure.message.clone());
     let (_, message) = going_on(swap);
     notes.push(match (swap.toward, swap.step) {
-        (Toward::Previous, _) if old.toward == Toward::Restored => {
-            Note::warning("RollbackStarted", "RollBack", format!("the old volumes are brought back: {failure}"))
-        }
+        (Toward::Previous, _) if old.toward == Toward::Restored => Note::warning(
+            "RollbackStarted",
+            "RollBack",
+            format!("the old volumes are brought back: {failure}"),
+        ),
         (_, SwapStep::Abandoning) => Note::warning("RestoreAbandoned", "Abandon", failure),
         (_, SwapStep::Releasing) if facts.world.as_ref().is_some_and(|world| world.set.is_none()) => {
-            let message = format!("{} does not exist any more: its claims are as they should be", facts.set_name());
+            let message =
+                format!("{} does not exist any more: its claims are as they should be", facts.set_name());
             Note::warning("StatefulSetGone", "ScaleUp", message)
         }
         (_, SwapStep::Staging) => Note::normal("Preparing", "Stage", message),

@@ -3,6 +3,7 @@
 //!
 //! Each is a stream of its own, so that one that fails and pauses holds up no other.
 
+use std::fmt::Debug;
 use std::future::ready;
 use std::sync::Arc;
 
@@ -19,10 +20,13 @@ use sts_backup_api::names::RESTORE_LABEL;
 use sts_backup_api::restore::StatefulSetRestore;
 use sts_backup_api::snapshot::VolumeSnapshot;
 use sts_backup_api::swap::{Swap, SwapVolume};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::UnboundedReceiverStream;
 use tokio_util::sync::CancellationToken;
 
 use super::context::{Context, set_name};
 use super::facts::under_way;
+use crate::occupancy::SetName;
 
 /// The restores that a change of some `StatefulSet` concerns: those that have not ended.
 pub(super) fn stateful_set_changes(
@@ -43,6 +47,17 @@ pub(super) fn stateful_set_changes(
     })
 }
 
+/// The restores whose `StatefulSet` somebody has let go.
+pub(super) fn freed_sets(
+    freed: mpsc::UnboundedReceiver<SetName>,
+    store: Store<StatefulSetRestore>,
+) -> impl Stream<Item = ObjectRef<StatefulSetRestore>> + Send + 'static {
+    UnboundedReceiverStream::new(freed).flat_map(move |set| {
+        let concerned = store.state().into_iter().filter(|restore| set_name(restore) == set);
+        stream::iter(concerned.map(|restore| ObjectRef::from_obj(&*restore)).collect::<Vec<_>>())
+    })
+}
+
 /// The restores whose volumes change.
 pub(super) fn volume_changes(
     client: Client,
@@ -54,7 +69,8 @@ pub(super) fn volume_changes(
     changes.filter_map(move |volume| {
         let uid = volume.ok().and_then(|volume| volume.labels().get(RESTORE_LABEL).cloned());
         let restore = uid.and_then(|uid| store.find(|restore| restore.uid().as_ref() == Some(&uid)));
-        let restore = restore.filter(|restore| restore.status.as_ref().is_some_and(|status| under_way(status).is_some()));
+        let restore = restore
+            .filter(|restore| restore.status.as_ref().is_some_and(|status| under_way(status).is_some()));
         ready(restore.map(|restore| ObjectRef::from_obj(&*restore)))
     })
 }
@@ -69,9 +85,8 @@ pub(super) fn watch(cx: &Arc<Context>, restore: &StatefulSetRestore, swap: &Swap
     cx.watches.insert(uid.clone(), end.clone());
     let (own, wake, client) = (ObjectRef::from_obj(restore), cx.wake.clone(), cx.client.clone());
     let (namespace, set) = set_name(restore);
-    let names = |name: fn(&SwapVolume) -> Option<String>| {
-        swap.volumes.iter().filter_map(name).collect::<Vec<_>>()
-    };
+    let names =
+        |name: fn(&SwapVolume) -> Option<String>| swap.volumes.iter().filter_map(name).collect::<Vec<_>>();
     let (claims, snapshots) =
         (names(|volume| Some(volume.claim.clone())), names(|volume| volume.snapshot.clone()));
     cx.tasks.spawn(async move {
@@ -102,7 +117,7 @@ fn touched<K>(
     matters: impl Fn(&PartialObjectMeta<K>) -> bool + Send + 'static,
 ) -> BoxStream<'static, ()>
 where
-    K: Resource<DynamicType = (), Scope = NamespaceResourceScope> + Clone + Send + Sync + 'static,
+    K: Resource<DynamicType = (), Scope = NamespaceResourceScope> + Clone + Debug + Send + Sync + 'static,
 {
     let objects: Api<PartialObjectMeta<K>> = Api::namespaced(client.clone(), namespace);
     watcher(objects, WatcherConfig::default())

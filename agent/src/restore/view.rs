@@ -76,7 +76,8 @@ impl<'a> View<'a> {
 
     /// A claim has this volume, or asks for it.
     pub(super) fn has(&self, volume: &SwapVolume, pv: &SwapPv) -> bool {
-        self.claim(volume).is_some_and(|claim| claim.volume.as_deref() == Some(&pv.name) && claim.phase != "Lost")
+        self.claim(volume)
+            .is_some_and(|claim| claim.volume.as_deref() == Some(&pv.name) && claim.phase != "Lost")
     }
 
     /// A claim is bound to this volume, and stays.
@@ -110,13 +111,15 @@ impl<'a> View<'a> {
         let restored = volume.restored.as_ref().and_then(|pv| self.pv(pv));
         let Some(restored) = restored else { return false };
         let uid = restored.claim.as_ref().and_then(|claim| claim.uid.as_deref());
-        restored.is_for(self.facts.target_namespace(), &volume.claim) && uid.is_some_and(|uid| uid != NO_CLAIM)
+        restored.is_for(self.facts.target_namespace(), &volume.claim)
+            && uid.is_some_and(|uid| uid != NO_CLAIM)
     }
 
     /// The pods that keep claims from being exchanged.
     pub(super) fn pods_in_the_way(&self) -> Vec<&'a PodFacts> {
         let lowest = self.swap.volumes.iter().map(|volume| volume.ordinal).min().unwrap_or_default();
-        let names_ours = |pod: &PodFacts| self.swap.volumes.iter().any(|volume| pod.claims.contains(&volume.claim));
+        let names_ours =
+            |pod: &PodFacts| self.swap.volumes.iter().any(|volume| pod.claims.contains(&volume.claim));
         let is_in_the_way =
             |pod: &&PodFacts| pod.ordinal.is_some_and(|ordinal| ordinal >= lowest) || names_ours(pod);
         self.world.pods.iter().filter(is_in_the_way).collect()
@@ -129,8 +132,11 @@ impl<'a> View<'a> {
             return Some("the claims had no volumes before the restore".to_owned());
         }
         let is_gone = |pv: &&SwapPv| self.pv(pv).is_none();
-        let gone: Vec<_> =
-            restored().filter_map(|volume| volume.previous.as_ref()).filter(is_gone).map(|pv| pv.name.as_str()).collect();
+        let gone: Vec<_> = restored()
+            .filter_map(|volume| volume.previous.as_ref())
+            .filter(is_gone)
+            .map(|pv| pv.name.as_str())
+            .collect();
         (!gone.is_empty()).then(|| {
             format!(
                 "the old volumes {} do not exist any more: status.swap.volumes[].previous.manifest has what they were",
@@ -234,7 +240,8 @@ impl<'a> View<'a> {
     /// Takes back the reservation of each volume that its claim is not to have: at most one is armed for a name.
     pub(super) fn disarm(&self) -> Option<RestoreStep> {
         let namespace = self.facts.target_namespace();
-        let ours = self.world.volumes.values().filter(|found| found.restore.as_deref() == Some(self.facts.uid()));
+        let ours =
+            self.world.volumes.values().filter(|found| found.restore.as_deref() == Some(self.facts.uid()));
         let armed = ours.filter(|found| {
             self.swap.volumes.iter().any(|volume| {
                 let is_target = self.target(volume).is_some_and(|pv| pv.uid == found.uid);
