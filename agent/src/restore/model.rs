@@ -863,6 +863,7 @@ impl Cluster {
 
     /// A pod has only volumes that its claim had or was to have; who writes beside other data is noted.
     fn check_running(&mut self) {
+        let goes_back = swap_of(self).is_some_and(|(_, toward)| toward == Toward::Previous);
         let (mut old, mut new) = (Vec::new(), Vec::new());
         for pod in self.pods.values() {
             if pod.status.as_ref().and_then(|status| status.phase.as_deref()) != Some("Running") {
@@ -879,8 +880,8 @@ impl Cluster {
                     Data::Old(claim) | Data::New(claim) if *claim != name => {
                         self.fail(&format!("{name} has the data of {claim}"));
                     }
-                    // With whenScaled: Delete, a claim that keeps its volume is gone before that can wait for its name.
-                    Data::Fresh(_) if is_logs && self.setting.deletes_claims => {}
+                    // With whenScaled: Delete, a claim that is to keep its volume is gone before that can wait for its name.
+                    Data::Fresh(_) if self.setting.deletes_claims && (is_logs || goes_back) => {}
                     Data::Fresh(_) if !self.setting.lacks_last && self.restore_began() => {
                         self.fail(&format!("{name} is empty"));
                     }
