@@ -232,7 +232,7 @@ pub(super) fn swapping(view: &View<'_>) -> RestoreStep {
     }
     let going: Vec<_> = others.into_iter().filter(|(_, claim)| !claim.ending).collect();
     if !going.is_empty() {
-        return guarded(view, &going).unwrap_or_else(|step| step);
+        return delete_claims(view, &going);
     }
     let missing =
         view.swap.volumes.iter().filter(|volume| view.claim(volume).is_none() && view.is_armed(volume));
@@ -270,7 +270,7 @@ fn keep_foreign(view: &View<'_>) -> Option<RestoreStep> {
 }
 
 /// Deletes claims all at once, or says what that waits for.
-fn guarded(view: &View<'_>, going: &[(&SwapVolume, &ClaimFacts)]) -> Result<RestoreStep, RestoreStep> {
+fn delete_claims(view: &View<'_>, going: &[(&SwapVolume, &ClaimFacts)]) -> RestoreStep {
     // On others are also claims whose volume is reserved already; only these may go.
     let is_ready = |volume: &SwapVolume| {
         view.is_armed(volume) || view.target(volume).is_some_and(|pv| view.has(volume, pv))
@@ -285,20 +285,20 @@ fn guarded(view: &View<'_>, going: &[(&SwapVolume, &ClaimFacts)]) -> Result<Rest
     let look_again = Some(later(view.now, LOOK_AGAIN));
     if !unready.is_empty() {
         let message = format!("volumes are being reserved for {}", unready.join(", "));
-        return Err(RestoreStep::wait("Reserving", message, look_again));
+        return RestoreStep::wait("Reserving", message, look_again);
     }
     if let Some(step) = pods_gone(view) {
-        return Err(step);
+        return step;
     }
     if view.set().is_some_and(|set| set.observed_generation < set.generation) {
         let message = format!("the controller of {} has not seen its scale yet", view.facts.set_name());
-        return Err(RestoreStep::wait("ScalingDown", message, look_again));
+        return RestoreStep::wait("ScalingDown", message, look_again);
     }
     let writes: Vec<_> = going
         .iter()
         .map(|(volume, claim)| Write::DeleteClaim { name: volume.claim.clone(), uid: claim.uid.clone() })
         .collect();
-    Ok(RestoreStep::Do { work: Work::DeleteClaims, writes })
+    RestoreStep::Do { work: Work::DeleteClaims, writes }
 }
 
 /// What claims are waiting for.

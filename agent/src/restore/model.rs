@@ -33,6 +33,7 @@ const NAMESPACE: &str = "shop";
 
 /// What a restore is of, and in what cluster.
 #[derive(Clone, Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "they are independent of each other")]
 pub(super) struct Setting {
     pub(super) parallel: bool,
     /// `persistentVolumeClaimRetentionPolicy.whenScaled: Delete`.
@@ -318,22 +319,23 @@ impl Cluster {
                 let Some(facts) = self.facts() else { return (false, None) };
                 let step = after_refusal(&facts, work, &words, self.now);
                 self.write_status(&facts, &step);
-                return match step {
-                    RestoreStep::Wait { until, .. } => (false, until),
-                    _ => (true, None),
-                };
+                if let RestoreStep::Wait { until, .. } = step {
+                    return (false, until);
+                }
+                return (true, None);
             }
             return (true, None);
         }
         let Some(facts) = self.facts() else { return (false, None) };
         let step = next_restore_step(&facts, self.now);
-        let said = match &step {
-            RestoreStep::Record(swap) | RestoreStep::RollBack(swap) => {
-                format!("{:?} {:?} {:?}", swap.step, swap.toward, swap.failure)
-            }
-            RestoreStep::Begin { .. } => "Begin".to_owned(),
-            RestoreStep::Wait { why, .. } => format!("waits: {} {}", why.reason, why.message),
-            step => format!("{step:?}"),
+        let said = if let RestoreStep::Record(swap) | RestoreStep::RollBack(swap) = &step {
+            format!("{:?} {:?} {:?}", swap.step, swap.toward, swap.failure)
+        } else if let RestoreStep::Begin { .. } = &step {
+            "Begin".to_owned()
+        } else if let RestoreStep::Wait { why, .. } = &step {
+            format!("waits: {} {}", why.reason, why.message)
+        } else {
+            format!("{step:?}")
         };
         if !matches!(step, RestoreStep::Idle) && self.log.last() != Some(&said) {
             self.say(said);
@@ -522,7 +524,8 @@ impl Cluster {
         for ordinal in 0..replicas {
             let name = format!("db-{ordinal}");
             if let Some(pod) = self.pods.get(&name) {
-                if !self.setting.parallel && !(is_ready(pod) && pod.metadata.deletion_timestamp.is_none()) {
+                let is_well = is_ready(pod) && pod.metadata.deletion_timestamp.is_none();
+                if !self.setting.parallel && !is_well {
                     return false;
                 }
                 continue;
@@ -814,7 +817,7 @@ impl Cluster {
                 return;
             }
         }
-        panic!("the cluster does not come to rest:\n{}", self.log.join("\n"));
+        unreachable!("the cluster does not come to rest:\n{}", self.log.join("\n"));
     }
 
     /// Everything comes to rest; time passes where somebody waits for it. False: the agent waits for a person.
@@ -845,7 +848,7 @@ impl Cluster {
     // What must always be so.
 
     fn fail(&self, what: &str) -> ! {
-        panic!("{what}\n{}", self.log.join("\n"));
+        unreachable!("{what}\n{}", self.log.join("\n"));
     }
 
     /// At most one volume waits for a name, and the storage loses nothing that is still wanted.

@@ -9,7 +9,6 @@ use crate::backup::error::Result;
 pub(super) struct Survey {}
 
 /// Reads it.
-#[expect(clippy::unused_async, reason = "the survey reads the cluster")]
 pub(super) async fn survey(_client: &Client, _restore: &StatefulSetRestore) -> Result<Survey> {
     Ok(Survey {})
 }
