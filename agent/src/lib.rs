@@ -26,4 +26,5 @@ pub mod lease;
 pub mod metrics;
 pub mod plugin;
 mod policy;
+mod restore;
 pub mod telemetry;

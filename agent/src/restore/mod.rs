@@ -1,0 +1,10 @@
+//! The restore controller.
+
+#![allow(dead_code, reason = "wired by the loop")]
+
+mod checks;
+mod choose;
+mod claims;
+mod plan;
+mod survey;
+mod volumes;
