@@ -225,15 +225,17 @@ fn named<'a>(
     })
 }
 
-/// What the names of snapshots begin with, all of them.
+/// What the names of snapshots begin with, all of them, in whole words; or else the first name.
 fn common_name(snapshots: &[&VolumeSnapshot]) -> String {
-    let mut names = snapshots.iter().map(|snapshot| snapshot.name_any());
-    let first = names.next().unwrap_or_default();
-    let common = names.fold(first.clone(), |common, name| {
-        common.chars().zip(name.chars()).take_while(|(one, other)| one == other).map(|(one, _)| one).collect()
-    });
-    let common = common.trim_end_matches(['-', '.']);
-    if common.is_empty() { first } else { common.to_owned() }
+    let names: Vec<String> = snapshots.iter().map(|snapshot| snapshot.name_any()).collect();
+    let first = names.first().map(String::as_str).unwrap_or_default();
+    let is_common = |end: &usize| {
+        let (head, rest) = first.split_at(*end);
+        let goes_on = |rest: &str| rest.is_empty() || rest.starts_with(['-', '.']);
+        goes_on(rest) && names.iter().all(|name| name.strip_prefix(head).is_some_and(goes_on))
+    };
+    let end = (1..=first.len()).rev().filter(|end| first.is_char_boundary(*end)).find(is_common);
+    first[..end.unwrap_or(first.len())].to_owned()
 }
 
 /// Leaves what the spec's ordinals ask for; or says which of them, or of those that run, there is no data of.

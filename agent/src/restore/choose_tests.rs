@@ -102,7 +102,7 @@ fn what_is_not_there_is_said_with_what_there_is() {
 #[test]
 fn every_unfit_name_is_said_at_once() {
     let mut survey = points();
-    add_snapshot(&mut survey, "stray", "data-web-0", "2026-01-01T00:00:00Z", json!({}));
+    add_snapshot(&mut survey, "stray", "data-web-0", "2026-01-01T00:00:00Z", &json!({}));
     let spec = json!({ "snapshotNames": ["gone", "stray", "data-db-0-old"] });
     let problems = choose(&restore(&spec), &survey).unwrap_err();
     let reasons: Vec<_> = problems.iter().map(|problem| problem.reason).collect();
@@ -221,11 +221,10 @@ fn the_original_s_snapshots_are_points_by_backup_and_time() {
     assert_eq!(chosen(&of(json!({})), &survey), ("1060".to_owned(), second.clone()));
     assert_eq!(chosen(&json!({ "useLatestBackup": true }), &survey), ("1060".to_owned(), second.clone()));
     assert_eq!(chosen(&of(json!({ "recoveryPoint": "1000" })), &survey).1, first);
+    let one = json!({ "snapshotNames": ["my-db-data-1000-0"] });
+    assert_eq!(chosen(&one, &survey).0, "my-db-data-1000-0");
     assert_eq!(chosen(&of(json!({ "pointInTime": "1970-01-01T00:17:00Z" })), &survey).1, first);
-    assert_eq!(
-        chosen(&of(json!({ "snapshotNames": second })), &survey),
-        ("my-db-data-106".to_owned(), second)
-    );
+    assert_eq!(chosen(&of(json!({ "snapshotNames": second })), &survey), ("my-db-data".to_owned(), second));
 
     let choice = choose(&restore(&of(json!({}))), &survey).unwrap();
     assert_eq!((choice.backup.as_deref(), choice.consistency), (Some("my-db"), None));

@@ -151,7 +151,7 @@ pub(super) fn take(survey: &mut Survey, run: &str, at: &str) {
             &format!("{claim}-{run}"),
             claim,
             at,
-            json!({ "labels": labels, "annotations": annotations }),
+            &json!({ "labels": labels, "annotations": annotations }),
         );
     }
 }
@@ -161,11 +161,11 @@ pub(super) fn take_original(survey: &mut Survey, backup: &str, template: &str, u
     let at = Timestamp::from_second(unix).unwrap().to_string();
     let labels = json!({ STATEFUL_SET_LABEL: "db", BACKUP_LABEL: backup });
     let name = format!("{backup}-{template}-{unix}-{ordinal}");
-    add_snapshot(survey, &name, &format!("{template}-db-{ordinal}"), &at, json!({ "labels": labels }));
+    add_snapshot(survey, &name, &format!("{template}-db-{ordinal}"), &at, &json!({ "labels": labels }));
 }
 
 /// Adds a ready snapshot of a claim with its content, cut a second after it was ordered.
-pub(super) fn add_snapshot(survey: &mut Survey, name: &str, claim: &str, at: &str, metadata: Value) {
+pub(super) fn add_snapshot(survey: &mut Survey, name: &str, claim: &str, at: &str, metadata: &Value) {
     let content = format!("content-{name}");
     let mut snapshot: Value = json!({
         "apiVersion": "snapshot.storage.k8s.io/v1", "kind": "VolumeSnapshot", "metadata": metadata,

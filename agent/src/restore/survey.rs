@@ -195,7 +195,8 @@ where
     let mut listed = Vec::new();
     let mut params = ListParams::default().limit(PAGE);
     loop {
-        let page = api.list(&params).await.map_err(Error::request(operation))?;
+        // Several are under way at once, and each is large.
+        let page = Box::pin(api.list(&params)).await.map_err(Error::request(operation))?;
         listed.extend(page.items.into_iter().map(|mut object| {
             object.meta_mut().managed_fields = None;
             strip(&mut object);
@@ -224,7 +225,7 @@ async fn volumes(client: &Client, survey: &Survey) -> Result<BTreeMap<String, Pe
     let Some(shape) = survey.set.as_ref().map(Shape::of) else { return Ok(BTreeMap::new()) };
     let api: Api<PersistentVolume> = Api::all(client.clone());
     let of_set = survey.claims.iter().filter(|(name, _)| shape.claim(name).is_some());
-    let names = of_set.filter_map(|(_, claim)| claim.spec.as_ref()?.volume_name.clone());
+    let names: Vec<_> = of_set.filter_map(|(_, claim)| claim.spec.as_ref()?.volume_name.clone()).collect();
     read(stream::iter(names).map(|name| {
         let api = api.clone();
         async move {
@@ -270,7 +271,7 @@ async fn failed_runs(
     survey: &Survey,
 ) -> Result<Vec<RunRecord>> {
     let set = &restore.spec.stateful_set_ref.name;
-    let backups: BTreeSet<(&str, &str)> = survey
+    let backups: BTreeSet<(String, String)> = survey
         .snapshots
         .iter()
         .filter_map(|snapshot| {
@@ -278,13 +279,13 @@ async fn failed_runs(
             let label = |name| labels.get(name).map(String::as_str).filter(|value| !value.is_empty());
             label(RUN_LABEL)?;
             (label(STATEFUL_SET_LABEL)? == set).then_some(())?;
-            Some((label(BACKUP_NAMESPACE_LABEL)?, label(BACKUP_LABEL)?))
+            Some((label(BACKUP_NAMESPACE_LABEL)?.to_owned(), label(BACKUP_LABEL)?.to_owned()))
         })
         .collect();
     let histories: Vec<_> = stream::iter(backups)
         .map(|(namespace, name)| async move {
-            let api: Api<StatefulSetBackup> = Api::namespaced(client.clone(), namespace);
-            let backup = api.get_opt(name).await.map_err(Error::request("get the StatefulSetBackup"))?;
+            let api: Api<StatefulSetBackup> = Api::namespaced(client.clone(), &namespace);
+            let backup = api.get_opt(&name).await.map_err(Error::request("get the StatefulSetBackup"))?;
             Ok::<_, Error>(backup.and_then(|backup| backup.status).map(|status| status.history))
         })
         .buffer_unordered(PARALLEL_READS)
@@ -314,4 +315,211 @@ fn strip_pod(pod: &mut Pod) {
 fn strip_node(node: &mut Node) {
     node.metadata.annotations = None;
     node.status = None;
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Arc, Mutex};
+
+    use axum::Router;
+    use axum::body::Body;
+    use axum::extract::Request;
+    use axum::http::StatusCode;
+    use serde::Serialize;
+    use serde_json::{Value, json};
+
+    use super::super::scene;
+    use super::*;
+
+    /// An API server that has these objects, by path, and pages of two; and what it was asked.
+    fn server(objects: BTreeMap<String, Value>) -> (Client, Arc<Mutex<Vec<String>>>) {
+        let asked = Arc::new(Mutex::new(Vec::new()));
+        let (seen, objects) = (Arc::clone(&asked), Arc::new(objects));
+        let answer = move |request: Request| {
+            let (seen, objects) = (Arc::clone(&seen), Arc::clone(&objects));
+            async move {
+                let path = request.uri().path().to_owned();
+                seen.lock().unwrap().push(format!("{} {path}", request.method()));
+                let found = objects.get(&path).cloned();
+                let (status, body) = match found {
+                    Some(Value::Array(items)) => {
+                        let query = request.uri().query().unwrap_or_default();
+                        let from = query.split('&').find_map(|pair| pair.strip_prefix("continue="));
+                        let from: usize = from.map_or(0, |from| from.parse().unwrap());
+                        let next =
+                            if from + 2 < items.len() { (from + 2).to_string() } else { String::new() };
+                        let page: Vec<_> = items.into_iter().skip(from).take(2).collect();
+                        (200, json!({ "metadata": { "continue": next }, "items": page }))
+                    }
+                    Some(object) => (200, object),
+                    None => (
+                        404,
+                        json!({
+                            "kind": "Status", "apiVersion": "v1", "status": "Failure", "code": 404,
+                            "reason": "NotFound", "message": "no",
+                        }),
+                    ),
+                };
+                (StatusCode::from_u16(status).unwrap(), Body::from(body.to_string()))
+            }
+        };
+        (Client::new(Router::new().fallback(answer), "default"), asked)
+    }
+
+    /// What the API server has of a scene, by path.
+    fn objects_of(survey: &Survey) -> BTreeMap<String, Value> {
+        fn all<'a, K: Serialize + 'a>(objects: impl IntoIterator<Item = &'a K>) -> Value {
+            objects.into_iter().map(one).collect()
+        }
+        fn one<K: Serialize>(object: &K) -> Value {
+            serde_json::to_value(object).unwrap()
+        }
+        let snapshots = "/apis/snapshot.storage.k8s.io/v1";
+        let mut objects = BTreeMap::from(
+            [
+                ("/apis/apps/v1/namespaces/shop/statefulsets/db", one(&survey.set)),
+                ("/api/v1/namespaces/shop/pods", all(&survey.pods)),
+                ("/api/v1/namespaces/shop/persistentvolumeclaims", all(survey.claims.values())),
+                ("/api/v1/namespaces/shop/resourcequotas", all(&survey.quotas)),
+                ("/apis/storage.k8s.io/v1/storageclasses", all(survey.classes.values())),
+                ("/api/v1/nodes", all(&survey.nodes)),
+                ("/apis/autoscaling/v2/namespaces/shop/horizontalpodautoscalers", all(&survey.autoscalers)),
+            ]
+            .map(|(path, value)| (path.to_owned(), value)),
+        );
+        objects.insert(format!("{snapshots}/namespaces/shop/volumesnapshots"), all(&survey.snapshots));
+        for (name, volume) in &survey.volumes {
+            objects.insert(format!("/api/v1/persistentvolumes/{name}"), one(volume));
+        }
+        for (name, content) in &survey.contents {
+            objects.insert(format!("{snapshots}/volumesnapshotcontents/{name}"), one(content));
+        }
+        objects
+    }
+
+    fn latest() -> StatefulSetRestore {
+        scene::restore(&json!({ "useLatestBackup": true }))
+    }
+
+    #[tokio::test]
+    async fn everything_is_read_page_by_page_and_only_the_chosen_snapshots_contents() {
+        let mut there = scene::survey(3);
+        scene::take(&mut there, "old", "2026-01-01T00:00:00Z");
+        scene::take(&mut there, "new", "2026-01-02T00:00:00Z");
+        let (client, asked) = server(objects_of(&there));
+        // As the controller does, on any thread.
+        let reading = tokio::spawn(async move { survey(&client, &latest()).await });
+        let read = reading.await.unwrap().unwrap();
+
+        let names = |of: &BTreeMap<String, VolumeSnapshotContent>| of.keys().cloned().collect::<Vec<_>>();
+        assert!(read.granted);
+        assert_eq!(read.set, there.set);
+        assert_eq!((read.claims, read.volumes, read.classes), (there.claims, there.volumes, there.classes));
+        assert_eq!((read.snapshots.len(), read.nodes), (6, there.nodes));
+        assert_eq!(read.pods.len(), 3);
+        there.contents.retain(|name, _| name.ends_with("new"));
+        assert_eq!(names(&read.contents), names(&there.contents));
+        let asked = asked.lock().unwrap();
+        assert!(asked.iter().all(|asked| asked.starts_with("GET ")), "{asked:?}");
+        assert_eq!(asked.iter().filter(|asked| asked.ends_with("/pods")).count(), 2);
+    }
+
+    #[tokio::test]
+    async fn what_nobody_looks_at_is_not_held() {
+        let mut there = scene::survey(2);
+        scene::take(&mut there, "r", "2026-01-02T00:00:00Z");
+        for snapshot in &mut there.snapshots {
+            let manifest = (CLAIM_MANIFEST_ANNOTATION.to_owned(), "{}".to_owned());
+            snapshot.annotations_mut().extend([manifest]);
+        }
+        there.claims.remove("data-db-1");
+        let mut objects = objects_of(&there);
+        let managed = json!([{ "manager": "m" }]);
+        for object in objects.values_mut() {
+            let single = object.get("metadata").is_some();
+            let several = object.as_array_mut().into_iter().flatten();
+            several.for_each(|object| object["metadata"]["managedFields"] = managed.clone());
+            if single {
+                object["metadata"]["managedFields"] = managed.clone();
+            }
+        }
+        let pod = &mut objects.get_mut("/api/v1/namespaces/shop/pods").unwrap()[0];
+        pod["spec"]["containers"] = json!([{ "name": "main", "image": "x" }]);
+        pod["spec"]["volumes"].as_array_mut().unwrap().push(json!({ "name": "tmp", "emptyDir": {} }));
+        let (client, _) = server(objects);
+        let read = survey(&client, &latest()).await.unwrap();
+
+        let has_manifest = |snapshot: &VolumeSnapshot| {
+            (snapshot.name_any(), snapshot.annotations().contains_key(CLAIM_MANIFEST_ANNOTATION))
+        };
+        let manifests: Vec<_> = read.snapshots.iter().map(has_manifest).collect();
+        assert_eq!(manifests, [("data-db-0-r".to_owned(), false), ("data-db-1-r".to_owned(), true)]);
+        assert!(read.snapshots.iter().all(|one| one.metadata.managed_fields.is_none()));
+        assert!(read.claims.values().all(|one| one.metadata.managed_fields.is_none()));
+        assert!(read.volumes.values().all(|one| one.metadata.managed_fields.is_none()));
+        assert!(read.contents.values().all(|one| one.metadata.managed_fields.is_none()));
+        let (pod, spec) = (&read.pods[0], read.pods[0].spec.as_ref().unwrap());
+        assert_eq!((&pod.metadata.managed_fields, spec.containers.len()), (&None, 0));
+        assert_eq!(spec.volumes.as_ref().unwrap().len(), 1);
+        assert_eq!(pod.status.as_ref().unwrap().phase.as_deref(), Some("Running"));
+    }
+
+    #[tokio::test]
+    async fn the_failed_runs_of_the_snapshots_backups_are_known() {
+        let mut there = scene::survey(1);
+        scene::take(&mut there, "old", "2026-01-01T00:00:00Z");
+        scene::take(&mut there, "new", "2026-01-02T00:00:00Z");
+        let run = |id: &str, result: &str| {
+            json!({
+                "id": id, "slot": { "due": "Creation", "value": "x", "attempt": 1 }, "durationMs": 1, "reason": "X",
+                "started": "2026-01-02T00:00:00.000000Z", "result": result, "message": "",
+            })
+        };
+        let mut objects = objects_of(&there);
+        objects.insert(
+            "/apis/backup.sts-backup.io/v1alpha1/namespaces/shop/statefulsetbackups/nightly".to_owned(),
+            json!({
+                "apiVersion": "backup.sts-backup.io/v1alpha1", "kind": "StatefulSetBackup",
+                "metadata": { "name": "nightly", "namespace": "shop" },
+                "spec": { "statefulSetRef": { "name": "db" } },
+                "status": { "history": [run("new", "Failed"), run("old", "Completed")] },
+            }),
+        );
+        let (client, _) = server(objects);
+        let read = survey(&client, &latest()).await.unwrap();
+        assert_eq!(read.failed_runs.iter().map(|run| run.id.as_str()).collect::<Vec<_>>(), ["new"]);
+        assert_eq!(read.contents.keys().collect::<Vec<_>>(), ["content-data-db-0-old"]);
+    }
+
+    #[tokio::test]
+    async fn a_namespace_that_does_not_let_the_restore_in_is_not_looked_into() {
+        let mut elsewhere = latest();
+        elsewhere.spec.stateful_set_ref.namespace = Some("shop".to_owned());
+        elsewhere.metadata.namespace = Some("ops".to_owned());
+        for (annotation, granted) in
+            [(Some("ops"), true), (Some("web, ops"), true), (Some("web"), false), (None, false)]
+        {
+            let mut objects = objects_of(&scene::survey(1));
+            let annotations = annotation.map(|to| json!({ ALLOW_RESTORE_FROM_ANNOTATION: to }));
+            objects.insert(
+                "/api/v1/namespaces/shop".to_owned(),
+                json!({
+                    "apiVersion": "meta.k8s.io/v1", "kind": "PartialObjectMetadata",
+                    "metadata": { "name": "shop", "annotations": annotations },
+                }),
+            );
+            let (client, asked) = server(objects);
+            let read = survey(&client, &elsewhere).await.unwrap();
+            assert_eq!((read.granted, read.set.is_some()), (granted, granted), "{annotation:?}");
+            assert_eq!(asked.lock().unwrap().len() == 1, !granted);
+        }
+    }
+
+    #[tokio::test]
+    async fn without_the_stateful_set_nothing_else_is_read() {
+        let (client, asked) = server(BTreeMap::new());
+        let read = survey(&client, &latest()).await.unwrap();
+        assert!(read.granted && read.set.is_none());
+        assert_eq!(asked.lock().unwrap().len(), 1);
+    }
 }
