@@ -19,6 +19,8 @@ mod grants;
 mod hooks;
 mod lifecycle;
 mod plugin;
+mod plugin_doctor;
+mod plugin_points;
 mod policies;
 mod proxy;
 mod retention;
