@@ -136,9 +136,9 @@ pub(super) fn window(status: &StatefulSetRestoreStatus, now: Timestamp) -> Windo
             ),
             _,
         ) => Window::UnderWay,
-        (None, _)
-        | (
-            Some(
+        (
+            None
+            | Some(
                 RestorePhase::New
                 | RestorePhase::Planned
                 | RestorePhase::Completed
