@@ -236,10 +236,8 @@ impl App {
     pub async fn orphan(&self) -> Result<()> {
         let sets: Api<StatefulSet> = self.ns.api();
         let set = sets.get(&self.name).await?;
-        let leaving = DeleteParams {
-            propagation_policy: Some(PropagationPolicy::Orphan),
-            ..DeleteParams::default()
-        };
+        let leaving =
+            DeleteParams { propagation_policy: Some(PropagationPolicy::Orphan), ..DeleteParams::default() };
         sets.delete(&self.name, &leaving).await?;
         await_deleted(&sets, &set, READY_TIMEOUT).await
     }

@@ -187,8 +187,9 @@ impl Namespace {
     /// Removes the volumes that restores have kept for a rollback window which is longer than the test, or had in hand
     /// when it ended.
     async fn remove_kept_volumes(&self, volumes: &Api<PersistentVolume>) -> Result<()> {
-        let is_kept =
-            |volume: &PersistentVolume| self.is_volume_of(volume) && volume.labels().contains_key(RESTORE_LABEL);
+        let is_kept = |volume: &PersistentVolume| {
+            self.is_volume_of(volume) && volume.labels().contains_key(RESTORE_LABEL)
+        };
         for volume in volumes.list(&ListParams::default()).await?.into_iter().filter(is_kept) {
             // One that is reserved for a claim that does not come, and has no uid of it, would never go.
             let uid = volume.spec.and_then(|spec| spec.claim_ref?.uid).unwrap_or_else(|| "gone".to_owned());

@@ -47,7 +47,8 @@ impl Restore {
         let mut spec = StatefulSetRestoreSpec::new(set);
         adjust(&mut spec);
         let restore = Self { ns: ns.clone(), name: name.to_owned() };
-        let created = restore.api().create(&PostParams::default(), &StatefulSetRestore::new(name, spec)).await;
+        let created =
+            restore.api().create(&PostParams::default(), &StatefulSetRestore::new(name, spec)).await;
         created.with_context(|| format!("create the StatefulSetRestore {name}"))?;
         Ok(restore)
     }
@@ -182,7 +183,11 @@ impl Restore {
     /// When it was not in time, ends in another way, or says something else.
     pub async fn await_refused(&self, words: &[&str]) -> Result<StatefulSetRestoreStatus> {
         let status = self.await_failed(words).await?;
-        ensure!(status.swap.is_none() && status.downtime_seconds.is_none(), "it was begun: {}", told(&status));
+        ensure!(
+            status.swap.is_none() && status.downtime_seconds.is_none(),
+            "it was begun: {}",
+            told(&status)
+        );
         Ok(status)
     }
 
@@ -264,9 +269,7 @@ fn has_ended_without(wanted: RestorePhase, phase: RestorePhase) -> bool {
     match phase {
         RestorePhase::Failed | RestorePhase::RolledBack => true,
         // It may be rolled back yet.
-        RestorePhase::Completed => {
-            !matches!(wanted, RestorePhase::RollingBack | RestorePhase::RolledBack)
-        }
+        RestorePhase::Completed => !matches!(wanted, RestorePhase::RollingBack | RestorePhase::RolledBack),
         RestorePhase::New
         | RestorePhase::Planned
         | RestorePhase::Preparing
