@@ -191,14 +191,21 @@ impl Restore {
         Ok(status)
     }
 
-    /// Waits until one of its conditions says all of these words while nothing is in hand yet.
+    /// Waits until one of its conditions says all of these words.
     ///
     /// # Errors
     /// When none does in time.
-    pub async fn await_waiting(&self, words: &[&str]) -> Result<StatefulSetRestoreStatus> {
+    pub async fn await_saying(&self, words: &[&str]) -> Result<StatefulSetRestoreStatus> {
         let says = |condition: &Condition| words.iter().all(|word| condition.message.contains(word));
-        let what = format!("waiting with the words {words:?}");
-        let status = self.await_status(&what, |status| status.conditions.iter().any(says)).await?;
+        self.await_status(&format!("saying {words:?}"), |status| status.conditions.iter().any(says)).await
+    }
+
+    /// Waits until one of its conditions says all of these words while nothing is in hand yet.
+    ///
+    /// # Errors
+    /// When none does in time, or the restore is begun by then.
+    pub async fn await_waiting(&self, words: &[&str]) -> Result<StatefulSetRestoreStatus> {
+        let status = self.await_saying(words).await?;
         ensure!(status.phase == Some(RestorePhase::New) && status.swap.is_none(), "{}", told(&status));
         Ok(status)
     }

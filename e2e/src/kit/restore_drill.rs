@@ -93,6 +93,17 @@ impl RestoreDrill {
         self.ensure_none_was_empty()
     }
 
+    /// [`Self::ensure_serves`] of the point, or of what was written later, but the same of all volumes; returns which.
+    ///
+    /// # Errors
+    /// When anything is otherwise.
+    pub async fn ensure_serves_either(&self) -> Result<&'static str> {
+        self.app.await_ready(i32::try_from(self.app.ordinals().len())?).await?;
+        let text = if self.app.ensure_texts(POINT).await.is_ok() { POINT } else { LATER };
+        self.ensure_serves(text).await?;
+        Ok(text)
+    }
+
     /// No claim has ever had an empty volume.
     ///
     /// # Errors

@@ -8,7 +8,7 @@ use k8s_openapi::api::core::v1::{PersistentVolume, PersistentVolumeClaim, Pod};
 use kube::api::{DeleteParams, Patch, PatchParams};
 use kube::{Api, ResourceExt};
 use serde_json::{Value, json};
-use sts_backup_api::names::{BACKUP_LABEL, STATEFUL_SET_LABEL};
+use sts_backup_api::names::{BACKUP_LABEL, ROLLBACK_REQUESTED_AT_ANNOTATION, STATEFUL_SET_LABEL};
 use sts_backup_api::restore::{OnFailure, StatefulSetRestoreSpec, StatefulSetRestoreStatus, VolumeAction};
 use sts_backup_api::run::RunResult;
 use sts_backup_api::snapshot::VolumeSnapshot;
@@ -23,8 +23,11 @@ use crate::with_restore_drill;
 
 const TIMEOUT: Duration = Duration::from_mins(1);
 
-/// Longer than the deployment of any test, and short enough to wait for.
-const SHORT_WINDOW: Duration = Duration::from_secs(5);
+/// Short enough to wait for, and long enough to ask for a rollback within it.
+const WINDOW: Duration = Duration::from_secs(15);
+
+/// Nobody rolls back here.
+const SHORT_WINDOW: Duration = Duration::from_secs(3);
 
 #[tokio::test]
 #[ignore = "needs clusters: cargo e2e test"]
@@ -46,6 +49,9 @@ async fn postgres_has_the_rows_of_the_point_and_after_a_rollback_the_later_ones_
         let found = rows().await?;
         ensure!(found == "10000|10000", "after the restore: {found}");
         check_completed(&status, 1)?;
+        for reason in ["RestoreStarted", "RestoreCompleted"] {
+            restore.await_event(reason).await?;
+        }
         let plan = status.plan.as_ref().context("it has a plan")?;
         ensure!(plan.point == record.id.as_str() && plan.backup == named("nightly"), "{plan:?}");
 
@@ -308,9 +314,7 @@ async fn pods_that_stay_unready_are_held_with_the_remedy_or_rolled_back_by_thems
             }
         };
         let held = Restore::create(ns, "held", "app", bad(OnFailure::Hold)).await?;
-        let failed = held.await_condition(SUCCEEDED, "False").await?;
-        ensure!(failed.message.contains("backup.sts-backup.io/rollback-requested-at"), "{failed:?}");
-        ensure!(failed.message.contains("app-0"), "{failed:?}");
+        held.await_saying(&["app-0", ROLLBACK_REQUESTED_AT_ANNOTATION]).await?;
         app.ensure_text(0, "broken").await?;
         held.request_rollback().await?;
         held.await_rolled_back().await?;
@@ -373,7 +377,7 @@ async fn after_a_rollback_the_old_volumes_go_with_their_claims_again() -> Result
         |app| app,
         async |ns, drill| {
             let old = drill.volumes().by_claim().await?;
-            let restore = drill.restore("back", |spec| spec.rollback_window = SHORT_WINDOW.into()).await?;
+            let restore = drill.restore("back", |spec| spec.rollback_window = WINDOW.into()).await?;
             restore.await_completed().await?;
             restore.request_rollback().await?;
             restore.await_rolled_back().await?;

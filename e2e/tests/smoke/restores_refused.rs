@@ -123,7 +123,7 @@ async fn data_that_is_not_there_is_refused_by_name_and_nothing_is_touched() -> R
             // One more replica than the point has: its volume has no data to come back.
             drill.app().scale(2).await?;
             drill.app().await_ready(2).await?;
-            drill.ensure_refuses("beyond", &["data-app-1"], |_| ()).await?;
+            drill.ensure_refuses("beyond", &["ordinal 1"], |_| ()).await?;
 
             // A part of the point is gone: its newest complete one is none.
             for snapshot in drill.backup().snapshots().await? {
@@ -269,34 +269,37 @@ async fn whoever_would_scale_up_in_the_middle_is_named_unless_that_is_allowed() 
 
 #[tokio::test]
 #[ignore = "needs clusters: cargo e2e test"]
-async fn a_rollout_under_way_is_waited_for() -> Result<()> {
-    with_restore_drill(
-        |app| app.replicas(2),
-        async |ns, drill| {
-            // The lower pod keeps the former template: scaling to zero would complete what somebody holds.
-            let template = json!({ "metadata": { "annotations": { "e2e": "changed" } } });
-            let held =
-                json!({ "updateStrategy": { "rollingUpdate": { "partition": 1 } }, "template": template });
-            change_spec(ns, &held).await?;
-            let is_half_way = |set: &StatefulSet| {
-                set.status.as_ref().is_some_and(|status| {
-                    status.observed_generation == set.metadata.generation
-                        && status.current_revision != status.update_revision
-                        && status.updated_replicas == Some(1)
-                        && status.ready_replicas == Some(2)
-                })
-            };
-            await_condition(&ns.api(), "app", "half way", TIMEOUT, is_half_way).await?;
-            let before = footprint(ns).await?;
-            let restore = drill.restore("back", |_| ()).await?;
-            restore.await_waiting(&["rollout"]).await?;
-            ensure_untouched(ns, &before).await?;
+async fn a_rollout_that_somebody_holds_is_refused_and_one_under_way_is_waited_for() -> Result<()> {
+    with_restore_drill(|app| app.replicas(2), async |ns, drill| {
+        // The lower pod keeps the former template: scaling to zero would complete what somebody holds.
+        let template = |version: &str| json!({ "metadata": { "annotations": { "e2e": version } } });
+        let partition = |at: i32| json!({ "rollingUpdate": { "partition": at } });
+        change_spec(ns, &json!({ "updateStrategy": partition(1), "template": template("second") })).await?;
+        let is_half_way = |set: &StatefulSet| {
+            set.status.as_ref().is_some_and(|status| {
+                status.observed_generation == set.metadata.generation
+                    && status.current_revision != status.update_revision
+                    && status.updated_replicas == Some(1)
+                    && status.ready_replicas == Some(2)
+            })
+        };
+        await_condition(&ns.api(), "app", "half way", TIMEOUT, is_half_way).await?;
+        drill.ensure_refuses("held", &["StatefulSet app", "app-0"], |_| ()).await?;
 
-            change_spec(ns, &json!({ "updateStrategy": { "rollingUpdate": { "partition": 0 } } })).await?;
-            restore.await_completed().await?;
-            drill.ensure_serves(POINT).await
-        },
-    )
+        // The higher pod must be ready for a while before the lower one follows.
+        let slowly = json!({
+            "updateStrategy": partition(0), "template": template("third"), "minReadySeconds": 8,
+        });
+        change_spec(ns, &slowly).await?;
+        let restore = drill.restore("back", |_| ()).await?;
+        let is_waiting = |status: &StatefulSetRestoreStatus| {
+            status.conditions.iter().any(|condition| condition.reason == "RolloutInProgress")
+        };
+        let waiting = restore.await_status("waiting for the rollout", is_waiting).await?;
+        ensure!(waiting.swap.is_none(), "{waiting:?}");
+        restore.await_completed().await?;
+        drill.ensure_serves(POINT).await
+    })
     .await
 }
 
@@ -319,11 +322,7 @@ async fn a_set_in_another_namespace_is_restored_once_that_namespace_says_so() ->
             spec.use_latest_backup = Some(true);
         })
         .await?;
-        let remedy = format!(
-            "kubectl annotate namespace {} {ALLOW_RESTORE_FROM_ANNOTATION}={}",
-            home.name(),
-            ns.name()
-        );
+        let remedy = format!("{ALLOW_RESTORE_FROM_ANNOTATION}={}", ns.name());
         restore.await_waiting(&[&remedy]).await?;
         ensure_untouched(home, &before).await?;
 
