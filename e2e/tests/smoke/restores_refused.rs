@@ -270,36 +270,40 @@ async fn whoever_would_scale_up_in_the_middle_is_named_unless_that_is_allowed() 
 #[tokio::test]
 #[ignore = "needs clusters: cargo e2e test"]
 async fn a_rollout_that_somebody_holds_is_refused_and_one_under_way_is_waited_for() -> Result<()> {
-    with_restore_drill(|app| app.replicas(2), async |ns, drill| {
-        // The lower pod keeps the former template: scaling to zero would complete what somebody holds.
-        let template = |version: &str| json!({ "metadata": { "annotations": { "e2e": version } } });
-        let partition = |at: i32| json!({ "rollingUpdate": { "partition": at } });
-        change_spec(ns, &json!({ "updateStrategy": partition(1), "template": template("second") })).await?;
-        let is_half_way = |set: &StatefulSet| {
-            set.status.as_ref().is_some_and(|status| {
-                status.observed_generation == set.metadata.generation
-                    && status.current_revision != status.update_revision
-                    && status.updated_replicas == Some(1)
-                    && status.ready_replicas == Some(2)
-            })
-        };
-        await_condition(&ns.api(), "app", "half way", TIMEOUT, is_half_way).await?;
-        drill.ensure_refuses("held", &["StatefulSet app", "app-0"], |_| ()).await?;
+    with_restore_drill(
+        |app| app.replicas(2),
+        async |ns, drill| {
+            // The lower pod keeps the former template: scaling to zero would complete what somebody holds.
+            let template = |version: &str| json!({ "metadata": { "annotations": { "e2e": version } } });
+            let partition = |at: i32| json!({ "rollingUpdate": { "partition": at } });
+            change_spec(ns, &json!({ "updateStrategy": partition(1), "template": template("second") }))
+                .await?;
+            let is_half_way = |set: &StatefulSet| {
+                set.status.as_ref().is_some_and(|status| {
+                    status.observed_generation == set.metadata.generation
+                        && status.current_revision != status.update_revision
+                        && status.updated_replicas == Some(1)
+                        && status.ready_replicas == Some(2)
+                })
+            };
+            await_condition(&ns.api(), "app", "half way", TIMEOUT, is_half_way).await?;
+            drill.ensure_refuses("held", &["StatefulSet app", "app-0"], |_| ()).await?;
 
-        // The higher pod must be ready for a while before the lower one follows.
-        let slowly = json!({
-            "updateStrategy": partition(0), "template": template("third"), "minReadySeconds": 8,
-        });
-        change_spec(ns, &slowly).await?;
-        let restore = drill.restore("back", |_| ()).await?;
-        let is_waiting = |status: &StatefulSetRestoreStatus| {
-            status.conditions.iter().any(|condition| condition.reason == "RolloutInProgress")
-        };
-        let waiting = restore.await_status("waiting for the rollout", is_waiting).await?;
-        ensure!(waiting.swap.is_none(), "{waiting:?}");
-        restore.await_completed().await?;
-        drill.ensure_serves(POINT).await
-    })
+            // The higher pod must be ready for a while before the lower one follows.
+            let slowly = json!({
+                "updateStrategy": partition(0), "template": template("third"), "minReadySeconds": 8,
+            });
+            change_spec(ns, &slowly).await?;
+            let restore = drill.restore("back", |_| ()).await?;
+            let is_waiting = |status: &StatefulSetRestoreStatus| {
+                status.conditions.iter().any(|condition| condition.reason == "RolloutInProgress")
+            };
+            let waiting = restore.await_status("waiting for the rollout", is_waiting).await?;
+            ensure!(waiting.swap.is_none(), "{waiting:?}");
+            restore.await_completed().await?;
+            drill.ensure_serves(POINT).await
+        },
+    )
     .await
 }
 
