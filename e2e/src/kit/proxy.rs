@@ -202,10 +202,11 @@ pub fn is_write_of_restore(method: &Method, uri: &Uri) -> bool {
     method != Method::GET && !is_dry_run && PARTS.iter().any(|part| uri.path().contains(part))
 }
 
-/// Deletes a claim.
+/// Deletes a claim of an application, which a restore makes again; not one by which it has a new volume made.
 #[must_use]
 pub fn is_deletion_of_claim(method: &Method, uri: &Uri) -> bool {
-    method == Method::DELETE && uri.path().contains("/persistentvolumeclaims/")
+    let name = uri.path().rsplit_once("/persistentvolumeclaims/").map(|(_, name)| name);
+    method == Method::DELETE && name.is_some_and(|name| !name.contains("-restore-"))
 }
 
 /// Runs the pre hook of a [drill](super::drill), which has a word of its trace.

@@ -75,10 +75,8 @@ async fn at_every_write(
         let mut steps = BTreeSet::new();
         for writes in 0..MOST_WRITES {
             drill.write_later().await?;
-            let restore = drill.restore(&format!("after-{writes}"), |spec| {
-                spec.rollback_window = window.into();
-            });
-            let restore = restore.await?;
+            let name = format!("after-{writes}");
+            let restore = drill.restore(&name, |spec| spec.rollback_window = window.into()).await?;
             let dying = LocalAgentConfig::new(ns, "dying").short_lease().kubeconfig(proxy.kubeconfig());
             let died = die_after(&proxy, &dying, &restore, writes).await?;
             let at_death = restore.status().await?;
