@@ -80,7 +80,7 @@ pub async fn run() -> Result<Figures> {
             eprintln!(
                 "  · {ROUNDS} rounds with {replicas} pods whose volumes take {provision_s} s to be made"
             );
-            cases.push(case(&cluster, replicas, provision_s).await?);
+            cases.push(Box::pin(case(&cluster, replicas, provision_s)).await?);
         }
     }
     let max_difference_s = cases.iter().map(|case| case.difference_s).fold(f64::MIN, f64::max);
@@ -96,19 +96,19 @@ async fn case(cluster: &Cluster, replicas: i32, provision_s: u32) -> Result<Case
     app.write_all("the point").await?;
     let snapshots = take_point(&ns, &app).await?;
 
-    let (mut restores, mut downtimes, mut controls) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut whole, mut down, mut by_hand) = (Vec::new(), Vec::new(), Vec::new());
     for round in 1..=ROUNDS {
-        let by_hand = async {
+        let scaling = async {
             app.scale(0).await?;
             app.await_ready(0).await?;
             app.scale(replicas).await
         };
-        controls.push(downtime(&ns, replicas, by_hand).await?);
+        by_hand.push(Box::pin(downtime(&ns, replicas, scaling)).await?);
 
         app.write_all("later").await?;
         let began = Instant::now();
         let names = snapshots.clone();
-        let restored = async {
+        let restoring = async {
             let name = format!("round-{round}");
             let restore = Restore::create(&ns, &name, app.name(), |spec| {
                 spec.snapshot_names = names;
@@ -117,16 +117,16 @@ async fn case(cluster: &Cluster, replicas: i32, provision_s: u32) -> Result<Case
             restore.await?.await_completed().await?;
             Ok(())
         };
-        downtimes.push(downtime(&ns, replicas, restored).await?);
-        restores.push(began.elapsed());
+        down.push(Box::pin(downtime(&ns, replicas, restoring)).await?);
+        whole.push(began.elapsed());
         app.ensure_texts("the point").await?;
     }
     let namespaces: Api<v1::Namespace> = Api::all(cluster.client());
     namespaces.delete(ns.name(), &DeleteParams::default()).await?;
 
-    let (downtime_s, control_s) = (median(downtimes), median(controls));
+    let (downtime_s, control_s) = (median(down), median(by_hand));
     let difference_s = rounded(downtime_s - control_s);
-    Ok(Case { replicas, provision_s, downtime_s, control_s, difference_s, restore_s: median(restores) })
+    Ok(Case { replicas, provision_s, downtime_s, control_s, difference_s, restore_s: median(whole) })
 }
 
 /// A snapshot of each claim.

@@ -127,7 +127,7 @@ impl App {
     /// The `StorageClass` of the template `data`.
     #[must_use]
     pub fn storage_class(mut self, storage_class: &str) -> Self {
-        self.templates[0].1 = storage_class.to_owned();
+        storage_class.clone_into(&mut self.templates[0].1);
         self
     }
 

@@ -17,7 +17,7 @@ use sts_backup_e2e::kit::agent::alone;
 use sts_backup_e2e::kit::crds::apply_crds;
 use sts_backup_e2e::kit::local_agent::{LocalAgent, LocalAgentConfig};
 use sts_backup_e2e::kit::proxy::is_deletion_of_claim;
-use sts_backup_e2e::kit::restore_drill::{LATER, POINT, ensure_released};
+use sts_backup_e2e::kit::restore_drill::{BACKUP, LATER, POINT, ensure_released};
 use sts_backup_e2e::kit::{
     App, Backup, Cluster, Postgres, Restore, RestoreDrill, Volumes, WriteLoad, with_temp_namespaces,
 };
@@ -51,7 +51,7 @@ async fn three_postgres_under_load_get_the_rows_of_the_point_and_then_all_later_
         let before: Vec<u64> = loads.iter().map(WriteLoad::committed).collect();
         let mut spec = Postgres::freeze_hooks(NEVER)?.spec().clone();
         spec["statefulSetRef"] = json!({ "name": "db" });
-        let backup = Backup::write(ns, "nightly", &spec).await?;
+        let backup = Backup::write(ns, BACKUP, &spec).await?;
         let record = backup.await_runs(1).await?;
         ensure!(record.result == RunResult::Completed, "{record:?}");
         // One row may be committed that is not acknowledged yet; all later ones are too late for the point.
@@ -61,7 +61,8 @@ async fn three_postgres_under_load_get_the_rows_of_the_point_and_then_all_later_
         }
 
         // The load goes on until its server goes.
-        let restore = Restore::create(ns, "back", "db", |spec| spec.backup_name = named("nightly")).await?;
+        let restore =
+            Restore::create(ns, "back", "db", |spec| spec.backup_name = Some(BACKUP.to_owned())).await?;
         let status = restore.await_completed().await?;
         eprintln!("the downtime of three PostgreSQL servers was {:?} s", status.downtime_seconds);
         let committed: Vec<u64> = loads.iter().map(WriteLoad::committed).collect();
@@ -400,8 +401,4 @@ async fn old_volumes_go_after_a_day_also_when_their_restore_is_gone_and_static_o
         Ok(())
     })
     .await
-}
-
-fn named(name: &str) -> Option<String> {
-    Some(name.to_owned())
 }

@@ -15,7 +15,9 @@ use sts_backup_api::snapshot::VolumeSnapshot;
 use sts_backup_e2e::condition::{await_deleted, snapshot_ready};
 use sts_backup_e2e::kit::class::create_host_volume;
 use sts_backup_e2e::kit::restore::SUCCEEDED;
-use sts_backup_e2e::kit::restore_drill::{LATER, POINT, ensure_released, ensure_untouched, footprint};
+use sts_backup_e2e::kit::restore_drill::{
+    BACKUP, LATER, POINT, ensure_released, ensure_untouched, footprint,
+};
 use sts_backup_e2e::kit::snapshot::{await_snapshot, take_snapshot};
 use sts_backup_e2e::kit::{App, Backup, Cluster, Postgres, Restore, Volumes, with_temp_namespace};
 
@@ -39,12 +41,13 @@ async fn postgres_has_the_rows_of_the_point_and_after_a_rollback_the_later_ones_
         let volumes = Volumes::watch(ns).await?;
         let rows = async || database.psql(0, "SELECT count(*), max(n) FROM rows").await;
         database.psql(0, "CREATE TABLE rows AS SELECT n FROM generate_series(1, 10000) AS n").await?;
-        let backup = Backup::write(ns, "nightly", &json!({ "statefulSetRef": { "name": "db" } })).await?;
+        let backup = Backup::write(ns, BACKUP, &json!({ "statefulSetRef": { "name": "db" } })).await?;
         let record = backup.await_runs(1).await?;
         ensure!(record.result == RunResult::Completed, "{record:?}");
         database.psql(0, "INSERT INTO rows SELECT n FROM generate_series(10001, 15000) AS n").await?;
 
-        let restore = Restore::create(ns, "back", "db", |spec| spec.backup_name = named("nightly")).await?;
+        let restore =
+            Restore::create(ns, "back", "db", |spec| spec.backup_name = Some(BACKUP.to_owned())).await?;
         let status = restore.await_completed().await?;
         let found = rows().await?;
         ensure!(found == "10000|10000", "after the restore: {found}");
@@ -53,7 +56,7 @@ async fn postgres_has_the_rows_of_the_point_and_after_a_rollback_the_later_ones_
             restore.await_event(reason).await?;
         }
         let plan = status.plan.as_ref().context("it has a plan")?;
-        ensure!(plan.point == record.id.as_str() && plan.backup == named("nightly"), "{plan:?}");
+        ensure!(plan.point == record.id.as_str() && plan.backup.as_deref() == Some(BACKUP), "{plan:?}");
 
         database.psql(0, "INSERT INTO rows VALUES (20000)").await?;
         restore.request_rollback().await?;
@@ -400,7 +403,7 @@ async fn a_volume_without_a_csi_driver_that_is_not_restored_keeps_its_claim() ->
         let app = App::new(ns, "app").template("disk", &class);
         app.deploy().await?;
         let spec = json!({ "statefulSetRef": { "name": "app" }, "volumeClaimTemplates": ["data"] });
-        let backup = Backup::write(ns, "nightly", &spec).await?;
+        let backup = Backup::write(ns, BACKUP, &spec).await?;
         let record = backup.await_runs(1).await?;
         ensure!(record.result == RunResult::Completed, "{record:?}");
         let claims: Api<PersistentVolumeClaim> = ns.api();
@@ -408,7 +411,8 @@ async fn a_volume_without_a_csi_driver_that_is_not_restored_keeps_its_claim() ->
             async || anyhow::Ok(claims.get("disk-app-0").await?.spec.and_then(|spec| spec.volume_name));
         let before = disk().await?;
 
-        let restore = Restore::create(ns, "back", "app", |spec| spec.backup_name = named("nightly")).await?;
+        let restore =
+            Restore::create(ns, "back", "app", |spec| spec.backup_name = Some(BACKUP.to_owned())).await?;
         let status = restore.await_completed().await?;
         let plan = status.plan.context("it has a plan")?;
         let disks = plan.volumes.iter().filter(|volume| volume.claim == "disk-app-0");
@@ -418,8 +422,4 @@ async fn a_volume_without_a_csi_driver_that_is_not_restored_keeps_its_claim() ->
         app.await_ready(1).await
     })
     .await
-}
-
-fn named(name: &str) -> Option<String> {
-    Some(name.to_owned())
 }

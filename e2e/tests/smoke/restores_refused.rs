@@ -103,7 +103,7 @@ async fn data_that_is_not_there_is_refused_by_name_and_nothing_is_touched() -> R
         async |ns, drill| {
             drill
                 .ensure_refuses("no-backup", &["elsewhere"], |spec| {
-                    spec.backup_name = Some("elsewhere".to_owned())
+                    spec.backup_name = Some("elsewhere".to_owned());
                 })
                 .await?;
             drill
