@@ -18,7 +18,9 @@ use crate::backup;
 use crate::config::Config;
 use crate::lease::{Elector, Leadership};
 use crate::metrics::{Health, Metrics, ServeError, Server, encode_gauge};
+use crate::occupancy::Occupancy;
 use crate::policy;
+use crate::restore;
 use crate::telemetry::chain;
 
 #[cfg(test)]
@@ -135,6 +137,8 @@ pub struct Context {
     pub config: Arc<Config>,
     /// Where to register metrics.
     pub metrics: Metrics,
+    /// Which backup or restore has which `StatefulSet` in hand.
+    pub(crate) occupancy: Arc<Occupancy>,
 }
 
 /// Runs the agent until it is asked to end.
@@ -149,7 +153,11 @@ pub async fn run(config: Config, ends: Ends) -> Result<(), AppError> {
 
 /// The controllers: they run until `stop`, and end when every database they froze is thawed.
 async fn control(context: Context, stop: CancellationToken) {
-    tokio::join!(backup::run(context.clone(), stop.clone()), policy::run(context, stop));
+    tokio::join!(
+        backup::run(context.clone(), stop.clone()),
+        restore::run(context.clone(), stop.clone()),
+        policy::run(context, stop)
+    );
 }
 
 /// The agent, listening but not connected yet.
@@ -233,6 +241,7 @@ impl App {
             leadership: leadership.clone(),
             config,
             metrics,
+            occupancy: Arc::new(Occupancy::new()),
         };
         let stop = CancellationToken::new();
         let mut controllers = JoinSet::new();

@@ -24,6 +24,7 @@ mod events;
 pub mod hooks;
 pub mod lease;
 pub mod metrics;
+mod occupancy;
 pub mod plugin;
 mod policy;
 mod restore;

@@ -1,7 +1,6 @@
-//! What the controller works with in this process, and what only this process knows: running hooks, and which backup
-//! has a run of which `StatefulSet`. Everything else is in the cluster.
+//! What the controller works with in this process, and what only this process knows: running hooks. Everything else is in the cluster.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use dashmap::DashMap;
 use kube::runtime::events::Reporter;
@@ -17,9 +16,7 @@ use super::metrics::BackupMetrics;
 use super::queue::Queue;
 use crate::events::{self, Note};
 use crate::lease::Leadership;
-
-/// A `StatefulSet`: namespace and name.
-type SetName = (String, String);
+use crate::occupancy::{Holder, Occupancy, SetName};
 
 /// What the controller works with.
 pub(super) struct Context {
@@ -34,8 +31,8 @@ pub(super) struct Context {
     /// The runs whose hooks this process is running, by the uid of their object.
     pub(super) sections: DashMap<String, CancellationToken>,
     pub(super) tasks: TaskTracker,
-    /// The backup that has a run of each `StatefulSet`: the thaw of another one would end its freeze.
-    pub(super) busy: DashMap<SetName, ObjectRef<StatefulSetBackup>>,
+    /// Who has which `StatefulSet` in hand.
+    pub(super) occupancy: Arc<Occupancy>,
     /// How much may be under way at once.
     pub(super) queue: Mutex<Queue<ObjectRef<StatefulSetBackup>>>,
     pub(super) backups: Store<StatefulSetBackup>,
@@ -53,16 +50,9 @@ pub(super) fn set_name(backup: &StatefulSetBackup) -> SetName {
 }
 
 impl Context {
-    /// Marks a `StatefulSet` as having a run of this backup; or names the backup that has one.
-    pub(super) fn occupy(&self, backup: &StatefulSetBackup) -> Result<(), String> {
-        let own = ObjectRef::from_obj(backup);
-        let mut holder = self.busy.entry(set_name(backup)).or_insert_with(|| own.clone());
-        // One that is gone without a trace holds nothing.
-        if *holder == own || self.backups.get(&holder).is_none() {
-            *holder = own;
-            return Ok(());
-        }
-        Err(holder.name.clone())
+    /// Takes the `StatefulSet` in hand for a run of this backup; or says who has it.
+    pub(super) fn occupy(&self, backup: &StatefulSetBackup) -> Result<(), Holder> {
+        self.occupancy.occupy(&set_name(backup), &Holder::of(backup))
     }
 
     /// Lets a run freeze, or says what it waits for.
@@ -80,22 +70,16 @@ impl Context {
 
     /// A run is over, or its object is gone: lets others run, and tells those that may wait for it.
     pub(super) fn vacate(&self, backup: &StatefulSetBackup) {
-        let (own, set) = (ObjectRef::from_obj(backup), set_name(backup));
-        for waiting in self.queue().leave(&own) {
+        for waiting in self.queue().leave(&ObjectRef::from_obj(backup)) {
             let _ = self.wake.send(waiting);
         }
-        if self.busy.remove_if(&set, |_, holder| *holder == own).is_none() {
-            return;
-        }
-        for other in self.backups.state().iter().filter(|other| set_name(other) == set) {
-            let _ = self.wake.send(ObjectRef::from_obj(&**other));
-        }
+        self.occupancy.vacate(&set_name(backup), &Holder::of(backup));
     }
 
-    /// The other backup that has a run of the same `StatefulSet`.
+    /// Who else has the `StatefulSet` in hand.
     pub(super) fn busy_with(&self, backup: &StatefulSetBackup) -> Option<String> {
-        let holder = self.busy.get(&set_name(backup))?.clone();
-        (holder != ObjectRef::from_obj(backup) && self.backups.get(&holder).is_some()).then_some(holder.name)
+        let other = self.occupancy.other(&set_name(backup), &Holder::of(backup));
+        other.map(|other| other.to_string())
     }
 
     /// Publishes an Event about a backup, beside what is going on.

@@ -1,6 +1,9 @@
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{MicroTime, Time};
-use sts_backup_api::backup::StatefulSetBackupSpec;
+use serde_json::json;
+use sts_backup_api::backup::{RetentionPolicy, StatefulSetBackupSpec};
+use sts_backup_api::names::{RUN_LABEL, TIME_ANNOTATION, VOLUMES_ANNOTATION};
 use sts_backup_api::run::{RunRecord, RunResult};
+use sts_backup_api::snapshot::VolumeSnapshot;
 
 use super::super::decide::{BackupStep, Idle, new_run, next_backup_step};
 use super::super::observe::Target;
@@ -160,4 +163,30 @@ fn a_request_while_suspended_is_refused_once() {
     assert_eq!(next_backup_step(&facts, now), BackupStep::RefuseRequest);
     facts.status = next_status(&facts, &BackupStep::RefuseRequest, now);
     assert_eq!(requested(&facts), None);
+}
+
+#[test]
+fn no_point_goes_while_a_restore_may_be_reading_it() {
+    let point = |run: &str, time: &str| -> VolumeSnapshot {
+        serde_json::from_value(json!({
+            "apiVersion": "snapshot.storage.k8s.io/v1", "kind": "VolumeSnapshot",
+            "metadata": {
+                "name": format!("data-db-0-{run}"),
+                "labels": { RUN_LABEL: run },
+                "annotations": { TIME_ANNOTATION: time, VOLUMES_ANNOTATION: "1" },
+            },
+            "spec": { "source": { "persistentVolumeClaimName": "data-db-0" } },
+            "status": { "readyToUse": true },
+        }))
+        .unwrap()
+    };
+    let mut facts = nightly();
+    facts.spec.retention_policy = Some(RetentionPolicy { keep_last: Some(1), ..RetentionPolicy::default() });
+    facts.snapshots = Some(vec![point("old", "2026-03-01T13:00:00Z"), point("new", "2026-03-01T14:00:00Z")]);
+    let next = |facts: &BackupFacts| next_backup_step(facts, at("2026-03-01T15:00:00Z"));
+    let BackupStep::Prune(pruned) = next(&facts) else { panic!("{:?}", next(&facts)) };
+    assert_eq!(pruned.point.as_str(), "old");
+
+    facts.busy_with = Some("StatefulSetRestore shop/back".to_owned());
+    assert!(!matches!(next(&facts), BackupStep::Prune(_)), "{:?}", next(&facts));
 }

@@ -32,8 +32,9 @@ use jiff::Timestamp;
 use kube::api::ListParams;
 use kube::runtime::controller::{Action, Config as ControllerConfig, Controller, Error as ControllerError};
 use kube::runtime::events::Reporter;
-use kube::runtime::reflector::ObjectRef;
+use kube::runtime::reflector::{self, ObjectRef};
 use kube::runtime::watcher::Config as WatcherConfig;
+use kube::runtime::{WatchStreamExt, watcher};
 use kube::{Api, ResourceExt};
 use rand::Rng;
 use sts_backup_api::backup::{StatefulSetBackup, StatefulSetBackupStatus};
@@ -54,7 +55,8 @@ use self::queue::Queue;
 use self::section::Section;
 use self::status::{damaged, next_status, notes};
 use self::tasks::spawn_section;
-use self::triggers::{grant_changes, snapshot_changes, stateful_set_changes};
+use self::triggers::{freed_sets, grant_changes, snapshot_changes, stateful_set_changes};
+use crate::occupancy::Holder;
 use crate::{app, clock, telemetry};
 
 /// How long one look at a backup may take before it is given up and tried again.
@@ -66,11 +68,20 @@ const RESYNC: Duration = Duration::from_hours(1);
 
 /// Backs up until `stop` is cancelled, then thaws what is frozen, and returns.
 pub(crate) async fn run(app: app::Context, stop: CancellationToken) {
-    let app::Context { client, exec_client, leadership, config, metrics } = app;
+    let app::Context { client, exec_client, leadership, config, metrics, occupancy } = app;
     let (wake, woken) = mpsc::unbounded_channel();
     let backups: Api<StatefulSetBackup> = Api::all(client.clone());
-    let controller = Controller::new(backups.clone(), WatcherConfig::default());
-    let store = controller.store();
+    let (store, writer) = reflector::store();
+    let changes = watcher(backups.clone(), WatcherConfig::default())
+        .default_backoff()
+        .modify(keep)
+        .reflect(writer)
+        .applied_objects();
+    let controller = Controller::for_stream(changes, store.clone());
+    let known = store.clone();
+    let freed = occupancy.join::<StatefulSetBackup>(move |holder| {
+        known.get(&ObjectRef::new(&holder.name).within(&holder.namespace)).is_some()
+    });
     let cx = Arc::new(Context {
         reporter: Reporter { controller: FIELD_MANAGER.to_owned(), instance: Some(config.identity.clone()) },
         metrics: BackupMetrics::register(&metrics, store.clone()),
@@ -80,7 +91,7 @@ pub(crate) async fn run(app: app::Context, stop: CancellationToken) {
         stop: stop.clone(),
         sections: DashMap::new(),
         tasks: TaskTracker::new(),
-        busy: DashMap::new(),
+        occupancy: Arc::clone(&occupancy),
         queue: Mutex::new(Queue::new(config.limits)),
         backups: store.clone(),
         wake,
@@ -92,7 +103,8 @@ pub(crate) async fn run(app: app::Context, stop: CancellationToken) {
             .with_config(ControllerConfig::default().concurrency(config.concurrent_reconciles))
             .reconcile_on(snapshot_changes(client.clone(), store.clone()))
             .reconcile_on(stateful_set_changes(client.clone(), store.clone()))
-            .reconcile_on(grant_changes(client, store))
+            .reconcile_on(grant_changes(client, store.clone()))
+            .reconcile_on(freed_sets(freed, store))
             .reconcile_on(UnboundedReceiverStream::new(woken))
             .graceful_shutdown_on(stop.cancelled_owned())
             .run(reconcile, error_policy, Arc::clone(&cx))
@@ -107,6 +119,16 @@ pub(crate) async fn run(app: app::Context, stop: CancellationToken) {
     cx.tasks.close();
     cx.tasks.wait().await;
     info!("backup controller stopped");
+}
+
+/// Drops what nobody reads in the store, and what is most of it: each look reads its backup anew.
+fn keep(backup: &mut StatefulSetBackup) {
+    backup.metadata.managed_fields = None;
+    if let Some(status) = &mut backup.status {
+        status.recovery_points.clear();
+        // The metrics tell of the last one.
+        status.history.truncate(1);
+    }
 }
 
 /// Goes on with the runs of an earlier leader: what may be frozen comes before all else.
@@ -131,7 +153,7 @@ async fn resume(cx: &Arc<Context>, backups: &Api<StatefulSetBackup>) {
     let under_way = found.items.iter().filter(|backup| step(backup).is_some());
     for backup in under_way.clone() {
         let own = ObjectRef::from_obj(backup);
-        cx.busy.insert(set_name(backup), own.clone());
+        cx.occupancy.resume(set_name(backup), Holder::of(backup));
         if let Some(run) = run(backup).filter(|run| run.step > RunStep::Preflight) {
             cx.queue().resume(own, &run);
         }
@@ -140,11 +162,12 @@ async fn resume(cx: &Arc<Context>, backups: &Api<StatefulSetBackup>) {
         under_way.filter(|backup| matches!(step(backup), Some(RunStep::Frozen | RunStep::Thawing)));
     join_all(may_be_frozen.map(async |backup| {
         // The controller tries again what fails here.
-        if let Err(err) = next_steps(backup, cx).await {
+        if let Err(err) = Box::pin(next_steps(backup, cx)).await {
             warn!(error = %telemetry::chain(&err), backup = %ObjectRef::from_obj(backup), "run not resumed yet");
         }
     }))
     .await;
+    cx.occupancy.all_resumed().await;
 }
 
 /// One look at a backup: everything that can be done about it now.
@@ -169,17 +192,15 @@ async fn next_steps(cached: &StatefulSetBackup, cx: &Arc<Context>) -> Result<Act
         cx.vacate(cached);
         return Ok(Action::await_change());
     };
+    let mut known = None;
     loop {
         if cx.stop.is_cancelled() || !cx.leadership.is_held() {
             return Ok(Action::await_change());
         }
-        let is_idle = backup.status.as_ref().is_none_or(|status| status.current_run.is_none());
-        if is_idle {
-            // Also where the end of its run was written down, and the answer lost.
-            cx.vacate(&backup);
-        }
-        let busy_with = if is_idle { cx.busy_with(&backup) } else { None };
-        let facts = observe(&cx.client, &backup, is_in_section(), busy_with).await?;
+        let facts = match known.take() {
+            Some(facts) => facts,
+            None => look(cx, &backup, is_in_section()).await?,
+        };
         let now = clock::now();
         let step = next_backup_step(&facts, now);
         debug!(?step, "decided");
@@ -187,6 +208,8 @@ async fn next_steps(cached: &StatefulSetBackup, cx: &Arc<Context>) -> Result<Act
             BackupStep::AddFinalizer => {
                 backup = perform::set_finalizer(&cx.client, &backup, true).await?;
                 crash_point!("after-finalizer");
+                // Nobody has written the backup since.
+                known = Some(Box::new(BackupFacts { has_finalizer: true, ..*facts }));
             }
             BackupStep::RemoveFinalizer => {
                 backup = perform::set_finalizer(&cx.client, &backup, false).await?;
@@ -199,8 +222,10 @@ async fn next_steps(cached: &StatefulSetBackup, cx: &Arc<Context>) -> Result<Act
                     // Somebody was faster: the next look says so.
                     continue;
                 }
-                backup = write(cx, &backup, &facts, &step, now).await?;
+                write(cx, &backup, &facts, &step, now).await?;
                 crash_point!("after-begin");
+                // Of many that are due at once all begin, before any goes on.
+                return Ok(Action::requeue(Duration::ZERO));
             }
             BackupStep::Record(_) | BackupStep::Skip { .. } | BackupStep::RefuseRequest => {
                 backup = write(cx, &backup, &facts, &step, now).await?;
@@ -257,6 +282,17 @@ async fn next_steps(cached: &StatefulSetBackup, cx: &Arc<Context>) -> Result<Act
             }
         }
     }
+}
+
+/// What is known of a backup now.
+async fn look(cx: &Context, backup: &StatefulSetBackup, in_section: bool) -> Result<Box<BackupFacts>> {
+    let is_idle = backup.status.as_ref().is_none_or(|status| status.current_run.is_none());
+    if is_idle {
+        // Also where the end of its run was written down, and the answer lost.
+        cx.vacate(backup);
+    }
+    let busy_with = if is_idle { cx.busy_with(backup) } else { None };
+    Ok(Box::new(observe(&cx.client, backup, in_section, busy_with).await?))
 }
 
 /// Begins the frozen section of a run, if there is room for it; none: look again first.

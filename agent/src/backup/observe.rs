@@ -42,7 +42,7 @@ pub(super) struct BackupFacts {
     /// This process runs the frozen section of the current run.
     pub(super) in_section: bool,
     pub(super) target: Target,
-    /// The name of another backup that has a run of the same `StatefulSet`.
+    /// Another backup or a restore that has the same `StatefulSet` in hand.
     pub(super) busy_with: Option<String>,
     /// The snapshots of all runs of this backup; none where they were not looked at.
     pub(super) snapshots: Option<Vec<VolumeSnapshot>>,

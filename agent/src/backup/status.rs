@@ -171,9 +171,7 @@ fn set_conditions(
 }
 
 fn waiting_behind(other: &str) -> String {
-    format!(
-        "a run is due and waits for the run of StatefulSetBackup {other}, which backs up the same StatefulSet"
-    )
+    format!("a run is due and waits for {other}, which has the same StatefulSet in hand")
 }
 
 fn no_room(run: &CurrentRun, limit: &str) -> String {

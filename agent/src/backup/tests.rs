@@ -416,6 +416,7 @@ impl World {
                 },
             },
             "spec": { "source": { "persistentVolumeClaimName": claim } },
+            "status": { "boundVolumeSnapshotContentName": format!("content-of-{name}") },
         }));
         let snapshot = Snapshot { object: object.unwrap(), cut_frozen: None };
         self.snapshots.entry(name.to_owned()).or_insert(snapshot);

@@ -19,9 +19,12 @@ use sts_backup_api::conditions::{self, NAMESPACE_NOT_GRANTED, READY};
 use sts_backup_api::names::{BACKUP_LABEL, BACKUP_NAMESPACE_LABEL, RUN_LABEL};
 use sts_backup_api::run::RunStep;
 use sts_backup_api::snapshot::VolumeSnapshot;
+use tokio::sync::mpsc::UnboundedReceiver;
+use tokio_stream::wrappers::UnboundedReceiverStream;
 
 use super::context::set_name;
 use super::observe::is_granted_by;
+use crate::occupancy::SetName;
 
 /// The backups whose snapshots change.
 pub(super) fn snapshot_changes(
@@ -106,6 +109,17 @@ pub(super) fn grant_changes(
             let concerned = store.state().into_iter().filter(is_concerned);
             stream::iter(concerned.map(|backup| ObjectRef::from_obj(&*backup)).collect::<Vec<_>>())
         })
+}
+
+/// The backups of a `StatefulSet` that somebody has let go.
+pub(super) fn freed_sets(
+    freed: UnboundedReceiver<SetName>,
+    store: Store<StatefulSetBackup>,
+) -> impl Stream<Item = ObjectRef<StatefulSetBackup>> + Send + 'static {
+    UnboundedReceiverStream::new(freed).flat_map(move |set| {
+        let of_set = store.state().into_iter().filter(|backup| set_name(backup) == set);
+        stream::iter(of_set.map(|backup| ObjectRef::from_obj(&*backup)).collect::<Vec<_>>())
+    })
 }
 
 fn is_not_granted(backup: &StatefulSetBackup) -> bool {

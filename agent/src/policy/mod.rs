@@ -50,7 +50,7 @@ const UNCHANGED_RETRY: Duration = Duration::from_mins(5);
 
 /// Keeps backups as policies want them, until `stop` is cancelled.
 pub(crate) async fn run(app: app::Context, stop: CancellationToken) {
-    let app::Context { client, exec_client, leadership, config, metrics } = app;
+    let app::Context { client, exec_client, leadership, config, metrics, occupancy: _ } = app;
     let changed = Arc::new(Notify::new());
     // They end with this function.
     let mut watches = JoinSet::new();

@@ -179,7 +179,7 @@ async fn two_backups_of_one_set_that_are_due_at_one_time_run_one_after_the_other
             Box::pin(async move { backup.await_condition(PROGRESSING, "False", "Queued").await })
         };
         let (queued, _) = select_ok([waits(&one), waits(&two)]).await?;
-        ensure!(queued.message.contains("waits for the run of StatefulSetBackup"), "{queued:?}");
+        ensure!(queued.message.contains("waits for StatefulSetBackup"), "{queued:?}");
         select_ok([&one, &two].map(|backup| Box::pin(backup.await_event("Queued")))).await?;
 
         let (first, second) = tokio::try_join!(one.await_runs(1), two.await_runs(1))?;
