@@ -63,14 +63,15 @@ async fn a_restore_is_taken_back_after_the_death_of_its_agent_at_every_write() -
 async fn an_old_volume_whose_time_has_come_goes_although_the_agent_dies_at_it() -> Result<()> {
     alone_in_namespace("crash", async |ns| {
         apply_crds(ns.cluster()).await?;
-        let dying = LocalAgentConfig::new(ns, "dying").short_lease();
+        let dying = LocalAgentConfig::new(ns, "dying").steady_lease();
         let mut dying = LocalAgent::start(&dying.failpoints("after-restore-expiry=return")).await?;
         let drill = RestoreDrill::deploy(ns, App::new(ns, "app").replicas(3)).await?;
         let window = Duration::from_secs(1);
         let restore = drill.restore("back", |spec| spec.rollback_window = window.into()).await?;
         let status = dying.wait_exit().await?;
         ensure!(status.code().is_none(), "the agent did not die at the end of a volume: {status}");
-        let _next = LocalAgent::start(&LocalAgentConfig::new(ns, "next").steady_lease()).await?;
+        let next = LocalAgent::start(&LocalAgentConfig::new(ns, "next").steady_lease()).await?;
+        next.await_leads().await?;
         restore.await_completed().await?;
         drill.ensure_serves(POINT).await?;
         drill.volumes().await_only_those_of_claims().await
