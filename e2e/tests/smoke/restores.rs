@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use k8s_openapi::api::apps::v1::StatefulSet;
 use k8s_openapi::api::core::v1::{PersistentVolume, PersistentVolumeClaim, Pod};
 use kube::api::{DeleteParams, Patch, PatchParams};
 use kube::{Api, ResourceExt};
@@ -247,7 +248,10 @@ async fn points_of_the_original_are_restored_by_the_manifests_of_its_users() -> 
         let app = App::new(ns, "postgresql");
         app.deploy().await?;
         app.write(0, POINT).await?;
-        let snapshot = "postgres-scheduled-backup-data-1768300000-0";
+        let time = ns.api::<StatefulSet>().get("postgresql").await?.creation_timestamp();
+        let time = time.context("the API server sets the creation time")?.0.as_second();
+        let snapshot = format!("postgres-scheduled-backup-data-{time}-0");
+        let snapshot = snapshot.as_str();
         take_snapshot(ns, snapshot, "data-postgresql-0", "stsb-e2e").await?;
         let labels = json!({
             BACKUP_LABEL: "postgres-scheduled-backup", STATEFUL_SET_LABEL: "postgresql",
@@ -256,7 +260,7 @@ async fn points_of_the_original_are_restored_by_the_manifests_of_its_users() -> 
         ns.api::<VolumeSnapshot>().patch(snapshot, &PatchParams::default(), &labels).await?;
         await_snapshot(ns, snapshot, "ready", snapshot_ready).await?;
 
-        for (name, spec) in originals(ns.name()) {
+        for (name, spec) in originals(ns.name(), snapshot) {
             app.write(0, LATER).await?;
             let restore = Restore::write(ns, name, &spec).await?;
             let status = restore.await_completed().await.context(name)?;
@@ -271,7 +275,7 @@ async fn points_of_the_original_are_restored_by_the_manifests_of_its_users() -> 
 }
 
 /// The restores of the original, with the namespace of their set.
-fn originals(home: &str) -> [(&'static str, Value); 3] {
+fn originals(home: &str, snapshot: &str) -> [(&'static str, Value); 3] {
     let set = json!({ "name": "postgresql", "namespace": home });
     [
         (
@@ -289,7 +293,7 @@ fn originals(home: &str) -> [(&'static str, Value); 3] {
             json!({
                 "statefulSetRef": set,
                 "backupName": "postgres-scheduled-backup",
-                "snapshotNames": ["postgres-scheduled-backup-data-1768300000-0"],
+                "snapshotNames": [snapshot],
             }),
         ),
     ]
