@@ -165,9 +165,8 @@ fn before_begin(facts: &RestoreFacts, now: Timestamp) -> RestoreStep {
         return if facts.has_finalizer() { RestoreStep::RemoveFinalizer } else { RestoreStep::Idle };
     }
     if facts.rollback_request().is_some() {
-        return RestoreStep::RefuseRollback(
-            "the restore has not begun, so there is nothing to bring back".to_owned(),
-        );
+        let message = "the old volumes were asked for before the restore had begun".to_owned();
+        return RestoreStep::Refuse(Failure { reason: ROLLED_BACK.to_owned(), message });
     }
     if let Some(holder) = &facts.busy_with {
         return queued(facts, holder);

@@ -80,6 +80,12 @@ fn ordered(view: &View<'_>, set: &SetFacts) -> Option<RestoreStep> {
             return Some(RestoreStep::wait(CONTESTED, contest(view, set), Some(until)));
         }
     }
+    if set.deletes_claims
+        && let Some(step) = view.disarm().or_else(|| view.arm())
+    {
+        // Claims go with their pods, and from then on a pod that somebody starts finds what waits for their names.
+        return Some(step);
+    }
     if swap.down_since.is_none() {
         return Some(RestoreStep::Record(Swap { down_since: Some(MicroTime(view.now)), ..swap.clone() }));
     }
@@ -340,6 +346,10 @@ pub(super) fn scaling_up(view: &View<'_>) -> RestoreStep {
         return RestoreStep::Record(view.at(SwapStep::Releasing));
     };
     let Some(generation) = swap.generation else {
+        if !view.all_bound() {
+            // Before the order to come back no pod may find a claim without its volume.
+            return RestoreStep::Record(view.at(SwapStep::Swapping));
+        }
         if set.replicas < swap.replicas {
             return View::scale(set, Work::ScaleUp, swap.replicas);
         }

@@ -56,7 +56,7 @@ impl RestoreFacts {
     }
 
     pub(super) fn has_finalizer(&self) -> bool {
-        has_finalizer(&self.restore)
+        self.restore.finalizers().iter().any(|finalizer| finalizer == RESTORE_FINALIZER)
     }
 
     /// The hash of the plan that a user lets run.
@@ -66,7 +66,8 @@ impl RestoreFacts {
 
     /// A request to bring the old volumes back that is not handled yet, as the status keeps it.
     pub(super) fn rollback_request(&self) -> Option<String> {
-        rollback_request(&self.restore)
+        let request = self.restore.annotations().get(ROLLBACK_REQUESTED_AT_ANNOTATION)?;
+        Some(request_key(request)).filter(|request| Some(request) != self.status.last_rollback_request.as_ref())
     }
 
     /// The swap under way.
@@ -78,18 +79,6 @@ impl RestoreFacts {
     pub(super) fn is_over(&self) -> bool {
         self.status.completion_time.is_some()
     }
-}
-
-/// Whether our finalizer holds a restore.
-pub(super) fn has_finalizer(restore: &StatefulSetRestore) -> bool {
-    restore.finalizers().iter().any(|finalizer| finalizer == RESTORE_FINALIZER)
-}
-
-/// A request to bring the old volumes back that is not handled yet, as the status keeps it.
-pub(super) fn rollback_request(restore: &StatefulSetRestore) -> Option<String> {
-    let request = restore.annotations().get(ROLLBACK_REQUESTED_AT_ANNOTATION)?;
-    let handled = restore.status.as_ref().and_then(|status| status.last_rollback_request.as_ref());
-    Some(request_key(request)).filter(|request| Some(request) != handled)
 }
 
 /// The swap of a restore that has begun and not ended.

@@ -55,7 +55,7 @@ use tracing::{debug, error, info, warn};
 
 use self::context::{Context, set_name};
 use self::decide::{RestoreStep, Work, Write, after_refusal, next_restore_step};
-use self::facts::{RestoreFacts, has_finalizer, under_way};
+use self::facts::{RestoreFacts, under_way};
 use self::metrics::RestoreMetrics;
 use self::observe::observe;
 use self::perform::{Performed, Target};
@@ -178,11 +178,16 @@ async fn next_steps(cached: &StatefulSetRestore, cx: &Arc<Context>) -> Result<Ac
         cx.vacate(cached);
         return Ok(Action::await_change());
     };
+    let mut in_hand = false;
     loop {
         if cx.stop.is_cancelled() || !cx.leadership.is_held() {
             return Ok(Action::await_change());
         }
-        let busy_with = take_in_hand(cx, &restore);
+        if let Some(swap) = restore.status.as_ref().and_then(under_way) {
+            in_hand = true;
+            watch(cx, &restore, swap);
+        }
+        let busy_with = cx.busy_with(&restore).map(|holder| holder.to_string());
         let facts = observe(&cx.client, &restore, busy_with).await?;
         let now = clock::now();
         let step = next_restore_step(&facts, now);
@@ -208,6 +213,11 @@ async fn next_steps(cached: &StatefulSetRestore, cx: &Arc<Context>) -> Result<Ac
                     }
                 }
             }
+            RestoreStep::Begin { .. } | RestoreStep::RollBack(_) if !in_hand => {
+                // Before the last look at what there is: what others do afterwards would not be seen. Where somebody was
+                // faster, the next look says so.
+                in_hand = cx.occupy(&restore).is_ok();
+            }
             RestoreStep::Plan(_)
             | RestoreStep::Refuse(_)
             | RestoreStep::Begin { .. }
@@ -220,7 +230,7 @@ async fn next_steps(cached: &StatefulSetRestore, cx: &Arc<Context>) -> Result<Ac
             }
             RestoreStep::Wait { until, .. } => {
                 let written = write(cx, &restore, &facts, &step, now).await?;
-                if !written.status.as_ref().is_some_and(|status| under_way(status).is_some()) {
+                if facts.under_way().is_none() {
                     cx.vacate(&written);
                 }
                 return Ok(
@@ -232,23 +242,6 @@ async fn next_steps(cached: &StatefulSetRestore, cx: &Arc<Context>) -> Result<Ac
                 return Ok(Action::requeue(jittered(RESYNC)));
             }
         }
-    }
-}
-
-/// Takes the `StatefulSet` of a restore in hand that is about to begin, or under way; or names who has it.
-fn take_in_hand(cx: &Arc<Context>, restore: &StatefulSetRestore) -> Option<String> {
-    let status = restore.status.as_ref();
-    let swap = status.and_then(under_way);
-    if let Some(swap) = swap {
-        watch(cx, restore, swap);
-    }
-    // Before the last look at what there is: what others do afterwards would not be seen.
-    let has_ended = status.is_some_and(|status| status.completion_time.is_some());
-    let begins = has_finalizer(restore) && (!has_ended || facts::rollback_request(restore).is_some());
-    if swap.is_some() || begins {
-        cx.occupy(restore).err().map(|holder| holder.to_string())
-    } else {
-        cx.busy_with(restore).map(|holder| holder.to_string())
     }
 }
 

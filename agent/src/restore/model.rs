@@ -13,7 +13,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use sts_backup_api::names::{RESTORE_FINALIZER, RESTORE_LABEL};
-use sts_backup_api::restore::{OnFailure, RestorePlan, StatefulSetRestore, StatefulSetRestoreSpec};
+use sts_backup_api::restore::{OnFailure, RestorePhase, RestorePlan, StatefulSetRestore, StatefulSetRestoreSpec};
 use sts_backup_api::swap::{Swap, SwapPv, SwapStep, SwapVolume, Toward};
 
 use super::decide::{RestoreStep, Work, Write, after_refusal, next_restore_step};
@@ -102,6 +102,8 @@ pub(super) struct Cluster {
     tainted: BTreeSet<String>,
     /// Volumes that were wanted once.
     wanted: BTreeSet<String>,
+    /// How it ended.
+    pub(super) ended: Option<RestorePhase>,
     /// How many writes the agent has done.
     pub(super) writes: usize,
     pub(super) log: Vec<String>,
@@ -182,6 +184,7 @@ impl Cluster {
             late: Vec::new(),
             tainted: BTreeSet::new(),
             wanted: BTreeSet::new(),
+            ended: None,
             writes: 0,
             log: Vec::new(),
         };
@@ -303,6 +306,7 @@ impl Cluster {
             let restored = swap.volumes.iter().filter_map(|volume| volume.restored.as_ref());
             self.wanted.extend(restored.map(|pv| pv.uid.clone()));
         }
+        self.ended = status.phase.filter(|_| status.completion_time.is_some());
         self.restore.as_mut().unwrap().status = Some(status);
     }
 
@@ -377,12 +381,13 @@ impl Cluster {
     pub(super) fn crash(&mut self, are_late: bool) {
         let pending = std::mem::take(&mut self.pending);
         self.say(format!("crash, {} writes lost", pending.len()));
-        if are_late && self.work != Some(Work::Stage) {
+        // What only asks for volumes or keeps them could come after all is over, and is then left to a person.
+        if are_late && !matches!(self.work, Some(Work::Stage | Work::Keep)) {
             self.late.extend(pending);
         }
     }
 
-    fn collect_restore(&mut self) {
+    pub(super) fn collect_restore(&mut self) {
         let is_gone = self.restore.as_ref().is_some_and(|restore| {
             restore.metadata.deletion_timestamp.is_some() && restore.finalizers().is_empty()
         });
@@ -858,6 +863,7 @@ impl Cluster {
 
     /// A pod has only volumes that its claim had or was to have; who writes beside other data is noted.
     fn check_running(&mut self) {
+        let goes_back = swap_of(self).is_some_and(|(_, toward)| toward == Toward::Previous);
         let (mut old, mut new) = (Vec::new(), Vec::new());
         for pod in self.pods.values() {
             if pod.status.as_ref().and_then(|status| status.phase.as_deref()) != Some("Running") {
@@ -874,6 +880,8 @@ impl Cluster {
                     Data::Old(claim) | Data::New(claim) if *claim != name => {
                         self.fail(&format!("{name} has the data of {claim}"));
                     }
+                    // With whenScaled: Delete, a claim that is to keep its volume is gone before that can wait for its name.
+                    Data::Fresh(_) if self.setting.deletes_claims && (is_logs || goes_back) => {}
                     Data::Fresh(_) if !self.setting.lacks_last && self.restore_began() => {
                         self.fail(&format!("{name} is empty"));
                     }

@@ -34,6 +34,7 @@ pub(super) fn next_status(
             status.phase = Some(RestorePhase::Planned);
         }
         RestoreStep::Refuse(_) => {
+            status.last_rollback_request = facts.rollback_request().or(status.last_rollback_request);
             status.phase = Some(RestorePhase::Failed);
             status.completion_time = Some(MicroTime(now));
         }

@@ -3,12 +3,13 @@
 
 use std::time::Duration;
 
-use super::model::{Cluster, Setting};
-use sts_backup_api::restore::RestorePhase;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use proptest::prelude::*;
+use serde_json::json;
+use sts_backup_api::names::ROLLBACK_REQUESTED_AT_ANNOTATION;
+use sts_backup_api::restore::{OnFailure, RestorePhase};
 
-fn phase(cluster: &Cluster) -> Option<RestorePhase> {
-    cluster.restore.as_ref()?.status.as_ref()?.phase
-}
+use super::model::{Cluster, REPLICAS, Setting};
 
 fn settings() -> Vec<Setting> {
     let plain = Setting::default;
@@ -23,13 +24,262 @@ fn settings() -> Vec<Setting> {
     ]
 }
 
+fn request_rollback(cluster: &mut Cluster) {
+    if let Some(restore) = &mut cluster.restore {
+        let annotations = restore.metadata.annotations.get_or_insert_default();
+        annotations.insert(ROLLBACK_REQUESTED_AT_ANNOTATION.to_owned(), cluster.now.to_string());
+    }
+}
+
+fn delete(cluster: &mut Cluster) {
+    if let Some(restore) = &mut cluster.restore {
+        restore.metadata.deletion_timestamp = Some(Time(cluster.now));
+        cluster.collect_restore();
+    }
+}
+
+/// Comes to rest, and looks whether all is well.
+fn finish(cluster: &mut Cluster) -> Option<RestorePhase> {
+    cluster.rest();
+    let ended = cluster.ended;
+    cluster.check_end(ended == Some(RestorePhase::Completed));
+    ended
+}
+
+/// A restore whose agent dies after so many of its writes; false: it made fewer.
+fn stopped_after(setting: &Setting, writes: usize) -> (Cluster, bool) {
+    let mut cluster = Cluster::new(setting);
+    while cluster.writes < writes {
+        cluster.settle();
+        if !cluster.agent().0 && cluster.ended.is_some() {
+            return (cluster, false);
+        }
+    }
+    cluster.crash(false);
+    (cluster, true)
+}
+
+/// Each boundary between two writes of each setting.
+fn at_each_boundary(mut then: impl FnMut(&Setting, Cluster)) {
+    for setting in settings() {
+        let mut boundaries = 0;
+        loop {
+            let (cluster, is_there) = stopped_after(&setting, boundaries);
+            if !is_there {
+                break;
+            }
+            then(&setting, cluster);
+            boundaries += 1;
+        }
+        assert!(boundaries > 20, "only {boundaries} writes");
+    }
+}
+
 #[test]
 fn a_restore_completes_and_its_old_volumes_go_in_the_end() {
     for setting in settings() {
         let mut cluster = Cluster::new(&setting);
-        cluster.rest();
-        assert_eq!(phase(&cluster), Some(RestorePhase::Completed), "{setting:?}\n{}", cluster.log.join("\n"));
-        cluster.check_end(true);
+        assert_eq!(finish(&mut cluster), Some(RestorePhase::Completed), "{setting:?}");
     }
-    let _ = Duration::ZERO;
+}
+
+#[test]
+fn a_restore_that_was_stopped_at_any_write_completes() {
+    at_each_boundary(|setting, mut cluster| {
+        assert_eq!(finish(&mut cluster), Some(RestorePhase::Completed), "{setting:?}");
+    });
+}
+
+#[test]
+fn a_restore_that_was_stopped_at_any_write_can_be_taken_back() {
+    at_each_boundary(|setting, mut cluster| {
+        request_rollback(&mut cluster);
+        let ended = finish(&mut cluster);
+        let had_begun = cluster.log.iter().any(|line| line == "Begin");
+        let expected = [RestorePhase::RolledBack, RestorePhase::Failed];
+        assert!(
+            !had_begun || ended.is_some_and(|ended| expected.contains(&ended)),
+            "{setting:?} {ended:?}\n{}",
+            cluster.log.join("\n")
+        );
+    });
+}
+
+#[test]
+fn a_restore_that_is_deleted_at_any_write_lets_go_of_all() {
+    at_each_boundary(|setting, mut cluster| {
+        delete(&mut cluster);
+        finish(&mut cluster);
+        assert!(cluster.restore.is_none(), "{setting:?}");
+    });
+}
+
+#[test]
+fn a_restore_that_is_scaled_up_by_somebody_at_any_write_serves_old_or_new_data() {
+    at_each_boundary(|_, mut cluster| {
+        cluster.change_set(&json!({ "spec": { "replicas": REPLICAS } }));
+        finish(&mut cluster);
+    });
+}
+
+#[test]
+fn a_completed_restore_is_taken_back_within_its_window() {
+    for setting in settings() {
+        let mut cluster = Cluster::new(&setting);
+        cluster.rest();
+        request_rollback(&mut cluster);
+        assert_eq!(finish(&mut cluster), Some(RestorePhase::RolledBack), "{setting:?}");
+    }
+}
+
+#[test]
+fn after_its_window_a_restore_is_not_taken_back() {
+    let mut cluster = Cluster::new(&Setting::default());
+    cluster.rest();
+    cluster.pass(Duration::from_hours(2));
+    request_rollback(&mut cluster);
+    assert_eq!(finish(&mut cluster), Some(RestorePhase::Completed));
+}
+
+#[test]
+fn pods_that_do_not_become_ready_get_their_old_data_back_where_that_is_wanted() {
+    let setting = Setting { on_failure: OnFailure::Rollback, ..Setting::default() };
+    let mut cluster = Cluster::new(&setting);
+    cluster.is_new_broken = true;
+    assert_eq!(finish(&mut cluster), Some(RestorePhase::RolledBack));
+}
+
+/// Something that happens. The numbers choose which of several.
+#[derive(Clone, Copy, Debug)]
+enum Happening {
+    /// The agent writes, or decides.
+    Agent,
+    /// It dies; its writes may be on their way.
+    Crash(bool),
+    /// One of them arrives.
+    Late,
+    StatefulSets,
+    Kubelet(usize),
+    Volumes,
+    Collector,
+    Settle,
+    Time(u8),
+    Scale(i32),
+    EditTemplate,
+    RequestRollback,
+    Delete,
+    LoseSnapshot,
+    StorageDown(bool),
+    NewBroken(bool),
+    AllBroken(bool),
+    Quota(usize),
+}
+
+fn happening() -> impl Strategy<Value = Happening> {
+    prop_oneof![
+        40 => Just(Happening::Agent),
+        3 => any::<bool>().prop_map(Happening::Crash),
+        2 => Just(Happening::Late),
+        14 => Just(Happening::StatefulSets),
+        14 => any::<usize>().prop_map(Happening::Kubelet),
+        14 => Just(Happening::Volumes),
+        6 => Just(Happening::Collector),
+        6 => Just(Happening::Settle),
+        2 => any::<u8>().prop_map(Happening::Time),
+        2 => (0..=REPLICAS).prop_map(Happening::Scale),
+        1 => Just(Happening::EditTemplate),
+        1 => Just(Happening::RequestRollback),
+        1 => Just(Happening::Delete),
+        1 => Just(Happening::LoseSnapshot),
+        1 => any::<bool>().prop_map(Happening::StorageDown),
+        1 => any::<bool>().prop_map(Happening::NewBroken),
+        1 => any::<bool>().prop_map(Happening::AllBroken),
+        1 => (0..4_usize).prop_map(Happening::Quota),
+    ]
+}
+
+fn happen(cluster: &mut Cluster, happening: Happening) {
+    match happening {
+        Happening::Agent => {
+            cluster.agent();
+        }
+        Happening::Crash(are_late) => cluster.crash(are_late),
+        Happening::Late => {
+            if let Some(write) = cluster.late.pop() {
+                let _ = cluster.write(&write);
+            }
+        }
+        Happening::StatefulSets => {
+            cluster.stateful_set_controller();
+        }
+        Happening::Kubelet(choice) => {
+            cluster.kubelet(choice);
+        }
+        Happening::Volumes => {
+            cluster.volume_controller();
+        }
+        Happening::Collector => {
+            cluster.collector();
+        }
+        Happening::Settle => cluster.settle(),
+        Happening::Time(seconds) => cluster.pass(Duration::from_secs(u64::from(seconds))),
+        // With whenScaled: Delete, who scales down deletes claims, and means to.
+        Happening::Scale(replicas) if cluster.setting.deletes_claims && replicas < cluster.replicas() => {}
+        Happening::Scale(replicas) => {
+            cluster.change_set(&json!({ "spec": { "replicas": replicas } }));
+            cluster.log.push(format!("somebody scales to {replicas}"));
+        }
+        Happening::EditTemplate => {
+            cluster.change_set(&json!({ "spec": { "template": { "metadata": { "labels": { "a": "b" } } } } }));
+        }
+        Happening::RequestRollback => request_rollback(cluster),
+        Happening::Delete => delete(cluster),
+        Happening::LoseSnapshot => {
+            cluster.snapshots.pop_first();
+        }
+        Happening::StorageDown(is_down) => cluster.is_storage_down = is_down,
+        Happening::NewBroken(is_broken) => cluster.is_new_broken = is_broken,
+        Happening::AllBroken(is_broken) => cluster.is_all_broken = is_broken,
+        Happening::Quota(quota) => cluster.quota = quota,
+    }
+    cluster.check();
+}
+
+fn setting() -> impl Strategy<Value = Setting> {
+    let flags = (any::<bool>(), any::<bool>(), any::<bool>(), any::<bool>());
+    (flags, prop_oneof![3 => Just(0), 1 => Just(1)], any::<bool>()).prop_map(
+        |((parallel, deletes_claims, keeps_logs, retain), from, rolls_back)| Setting {
+            parallel,
+            deletes_claims,
+            from,
+            keeps_logs,
+            lacks_last: false,
+            retain,
+            on_failure: if rolls_back { OnFailure::Rollback } else { OnFailure::Hold },
+        },
+    )
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { max_shrink_iters: 3000, ..ProptestConfig::default() })]
+
+    #[test]
+    fn whatever_happens_the_application_ends_with_old_or_new_data(
+        setting in setting(),
+        happenings in prop::collection::vec(happening(), 0..300),
+    ) {
+        let mut cluster = Cluster::new(&setting);
+        for happening in happenings {
+            happen(&mut cluster, happening);
+        }
+        // A quiet world.
+        while let Some(write) = cluster.late.pop() {
+            let _ = cluster.write(&write);
+        }
+        cluster.is_storage_down = false;
+        cluster.is_new_broken = false;
+        cluster.is_all_broken = false;
+        cluster.quota = usize::MAX;
+        finish(&mut cluster);
+    }
 }
