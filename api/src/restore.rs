@@ -342,3 +342,118 @@ pub struct RestoredSnapshot {
     /// Whether the claim has the data.
     pub success: bool,
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    /// A restore of StatefulSet db by a spec without its target.
+    fn restore(spec: &Value) -> StatefulSetRestore {
+        let mut spec = spec.clone();
+        spec["statefulSetRef"] = json!({ "name": "db" });
+        StatefulSetRestore::new("back", serde_json::from_value(spec).unwrap())
+    }
+
+    fn refusal(restore: &StatefulSetRestore) -> String {
+        restore.validate_cel().map_or_else(|refused| refused.to_string(), |()| "admitted".to_owned())
+    }
+
+    #[test]
+    fn a_spec_with_only_a_source_has_the_documented_defaults() {
+        let spec = restore(&json!({ "backupName": "nightly" })).spec;
+        let expected = StatefulSetRestoreSpec {
+            backup_name: Some("nightly".to_owned()),
+            ..StatefulSetRestoreSpec::new("db")
+        };
+        assert_eq!(spec, expected);
+        assert!(spec.scale_down && !spec.dry_run);
+        assert_eq!(spec.rollback_window, Span::from(Duration::from_hours(24)));
+        assert_eq!(
+            (spec.ready_timeout(), spec.pvc_deletion_timeout(), spec.provision_timeout()),
+            (Duration::from_mins(10), Duration::from_mins(1), Duration::from_hours(1))
+        );
+        assert_eq!(spec.on_failure, OnFailure::Hold);
+    }
+
+    #[test]
+    fn there_is_one_source() {
+        let one = "name one source";
+        for (spec, verdict) in [
+            (json!({ "backupName": "nightly" }), "admitted"),
+            (json!({ "backupName": "nightly", "useLatestBackup": false }), "admitted"),
+            (json!({ "backupName": "nightly", "snapshotNames": ["a"] }), "admitted"),
+            (json!({ "useLatestBackup": true }), "admitted"),
+            (json!({ "useLatestBackup": true, "backupName": "" }), "admitted"),
+            (json!({ "snapshotNames": ["a", "b"] }), "admitted"),
+            (json!({ "snapshotNames": ["a"], "backupName": "", "useLatestBackup": false }), "admitted"),
+            (json!({}), one),
+            (json!({ "backupName": "" }), one),
+            (json!({ "useLatestBackup": false }), one),
+            (json!({ "snapshotNames": [] }), one),
+            (json!({ "backupName": "nightly", "useLatestBackup": true }), one),
+            (json!({ "useLatestBackup": true, "snapshotNames": ["a"] }), one),
+        ] {
+            let said = refusal(&restore(&spec));
+            assert!(said.contains(verdict), "{spec}: {said}");
+        }
+    }
+
+    #[test]
+    fn a_backup_s_data_is_narrowed_in_one_way() {
+        let (once, backup) = ("write at most one of", "set backupName as well");
+        for (spec, verdict) in [
+            (json!({ "backupName": "nightly", "recoveryPoint": "r" }), "admitted"),
+            (json!({ "backupName": "nightly", "pointInTime": "2026-01-01T00:00:00Z" }), "admitted"),
+            (json!({ "backupName": "nightly", "recoveryPoint": "", "snapshotNames": ["a"] }), "admitted"),
+            (json!({ "useLatestBackup": true, "recoveryPoint": "" }), "admitted"),
+            (
+                json!({ "backupName": "nightly", "recoveryPoint": "r", "pointInTime": "2026-01-01T00:00:00Z" }),
+                once,
+            ),
+            (json!({ "backupName": "nightly", "recoveryPoint": "r", "snapshotNames": ["a"] }), once),
+            (
+                json!({ "backupName": "nightly", "pointInTime": "2026-01-01T00:00:00Z", "snapshotNames": ["a"] }),
+                once,
+            ),
+            (json!({ "useLatestBackup": true, "recoveryPoint": "r" }), backup),
+            (json!({ "useLatestBackup": true, "pointInTime": "2026-01-01T00:00:00Z" }), backup),
+        ] {
+            let said = refusal(&restore(&spec));
+            assert!(said.contains(verdict), "{spec}: {said}");
+        }
+    }
+
+    #[test]
+    fn a_restore_cannot_be_changed() {
+        let one = restore(&json!({ "backupName": "nightly" }));
+        assert!(one.validate_cel_update(&one).is_ok());
+        for change in [
+            json!({ "backupName": "weekly" }),
+            json!({ "backupName": "nightly", "dryRun": true }),
+            json!({ "backupName": "nightly", "rollbackWindow": "1h" }),
+        ] {
+            let refused = restore(&change).validate_cel_update(&one).unwrap_err().to_string();
+            assert!(refused.contains("delete it and create another one"), "{refused}");
+        }
+    }
+
+    #[test]
+    fn a_name_that_is_no_label_value_is_refused() {
+        let mut long = restore(&json!({ "backupName": "nightly" }));
+        long.metadata.name = Some("x".repeat(64));
+        assert!(refusal(&long).contains("use at most 63 characters"), "{}", refusal(&long));
+    }
+
+    #[test]
+    fn the_original_s_restores_are_admitted() {
+        for spec in [
+            json!({ "backupName": "nightly", "scaleDown": true, "pvcDeletionTimeoutSeconds": 120 }),
+            json!({ "useLatestBackup": true, "scaleDown": true }),
+            json!({ "backupName": "nightly", "snapshotNames": ["nightly-data-1768300000-0"] }),
+        ] {
+            assert_eq!(refusal(&restore(&spec)), "admitted", "{spec}");
+        }
+    }
+}

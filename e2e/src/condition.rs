@@ -135,6 +135,21 @@ pub async fn await_event(events: &Api<Event>, about: &str, reason: &str, timeout
     seen.map_err(|missed| missed.because(format!("no event {reason} about {about} after {timeout:?}")))
 }
 
+/// Waits for an object of the kind of which `counts` is true, whatever its name, and returns it.
+///
+/// # Errors
+/// After `timeout`; errors of the watch do not end the wait.
+pub async fn await_any<K: Watched>(
+    api: &Api<K>,
+    what: &str,
+    timeout: Duration,
+    counts: impl Fn(&K) -> bool,
+) -> Result<K> {
+    let watch = watcher(api.clone(), watcher::Config::default()).default_backoff().applied_objects();
+    let found = first_answer(Box::pin(watch), timeout, |object| Some(object).filter(&counts)).await;
+    found.map_err(|missed| missed.because(format!("{what}: there is none after {timeout:?}")))
+}
+
 /// Waits until no object of the kind is left of which `counts` is true.
 ///
 /// # Errors

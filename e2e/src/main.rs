@@ -75,6 +75,8 @@ enum Bench {
     Freeze,
     /// What the agent uses with 1,000 backups and 5,000 snapshots, and how it begins 200 runs in one minute
     Agent,
+    /// How long a restore takes an application down, against scaling it down and up by hand
+    Restore,
 }
 
 #[derive(Subcommand)]
@@ -163,6 +165,7 @@ async fn run(command: Command) -> Result<ExitCode> {
             let figures = match what {
                 Bench::Freeze => serde_json::to_string(&bench::freeze::run().await?)?,
                 Bench::Agent => serde_json::to_string(&bench::agent::run().await?)?,
+                Bench::Restore => serde_json::to_string(&bench::restore::run().await?)?,
             };
             println!("{figures}");
             Ok(ExitCode::SUCCESS)

@@ -155,7 +155,7 @@ pub(super) fn next_backup_step(facts: &BackupFacts, now: Timestamp) -> BackupSte
 
 fn without_run(facts: &BackupFacts, now: Timestamp) -> BackupStep {
     let idle = |why| if facts.has_finalizer { BackupStep::RemoveFinalizer } else { BackupStep::Idle(why) };
-    let late = late_snapshots(facts);
+    let late = late_snapshots(facts, now);
     if !late.is_empty() {
         return BackupStep::DeleteLate(late);
     }
@@ -229,19 +229,26 @@ fn is_damaged(facts: &BackupFacts, point: &RecoveryPoint) -> bool {
 
 /// What is left of runs that left nothing: snapshots that were still being cut when their run failed, or that came after.
 /// An API server can carry out a request long after it was given up, or after the agent that sent it has died.
-fn late_snapshots(facts: &BackupFacts) -> Vec<String> {
+fn late_snapshots(facts: &BackupFacts, now: Timestamp) -> Vec<String> {
     let left_none = facts.status.history.iter().filter(|run| run.kept_volumes == Some(0));
     let snapshots = left_none.flat_map(|run| facts.snapshots_of(&run.id));
-    let is_doomed =
-        |snapshot: &VolumeSnapshot| !is_being_cut(snapshot) && snapshot.metadata.deletion_timestamp.is_none();
+    let is_doomed = |snapshot: &VolumeSnapshot| {
+        !is_being_cut(snapshot, now) && snapshot.metadata.deletion_timestamp.is_none()
+    };
     snapshots.filter(|(_, snapshot)| is_doomed(snapshot)).map(|(name, _)| name.to_owned()).collect()
 }
 
+/// How soon the snapshot-controller gives a snapshot its content, if it is there.
+const CONTENT_WITHIN: Duration = Duration::from_secs(5);
+
 /// csi-snapshotter comes back to a snapshot that is deleted during its cut only after minutes, in which it holds its
-/// claim and its namespace.
-fn is_being_cut(snapshot: &VolumeSnapshot) -> bool {
-    let failed = snapshot.status.as_ref().is_some_and(|status| status.error.is_some());
-    !is_cut(snapshot) && !failed
+/// claim and its namespace. One that gets no content was never shown to it.
+fn is_being_cut(snapshot: &VolumeSnapshot, now: Timestamp) -> bool {
+    let status = snapshot.status.as_ref();
+    let has_content = status.is_some_and(|status| status.bound_volume_snapshot_content_name.is_some());
+    let is_new = snapshot.creation_timestamp().is_some_and(|created| now < later(created.0, CONTENT_WITHIN));
+    let has_failed = status.is_some_and(|status| status.error.is_some());
+    (has_content || is_new) && !has_failed && !is_cut(snapshot)
 }
 
 /// A run of which nothing is decided yet.
@@ -397,7 +404,7 @@ fn clean_up(facts: &BackupFacts, run: &CurrentRun, now: Timestamp) -> BackupStep
     let has_time = kept.is_empty() && !facts.deleting;
     // Only what carries the run's label, whatever the status says.
     let goes_now =
-        |name: &str| snapshots.get(name).is_some_and(|snapshot| !has_time || !is_being_cut(snapshot));
+        |name: &str| snapshots.get(name).is_some_and(|snapshot| !has_time || !is_being_cut(snapshot, now));
     let doomed = doomed.into_iter().map(|volume| volume.snapshot.clone());
     let doomed = doomed.filter(|name| goes_now(name)).collect();
     let kept_volumes = i32::try_from(kept.len()).ok();

@@ -193,8 +193,13 @@ pub(crate) async fn is_granted(client: &Client, namespace: &str, to: &str) -> Re
 
 /// Whether a namespace's annotation names another one.
 pub(crate) fn is_granted_by<K: ResourceExt>(namespace: &K, to: &str) -> bool {
-    let granted = namespace.annotations().get(ALLOW_BACKUP_FROM_ANNOTATION);
-    granted.is_some_and(|granted| granted.split(',').any(|granted| granted.trim() == to))
+    lets_in(namespace, ALLOW_BACKUP_FROM_ANNOTATION, to)
+}
+
+/// Whether that annotation of a namespace names another one.
+pub(crate) fn lets_in<K: ResourceExt>(namespace: &K, annotation: &str, other: &str) -> bool {
+    let granted = namespace.annotations().get(annotation);
+    granted.is_some_and(|granted| granted.split(',').any(|granted| granted.trim() == other))
 }
 
 /// The snapshots in a namespace that carry the labels of a backup, which may be of another one. A backup that had the same
@@ -298,7 +303,7 @@ fn selected_by(set: &StatefulSet) -> ListParams {
 }
 
 /// The number after `<stem>-` in the name of a pod or claim of a `StatefulSet`.
-fn ordinal_of(name: &str, stem: &str) -> Option<i32> {
+pub(crate) fn ordinal_of(name: &str, stem: &str) -> Option<i32> {
     let digits = name.strip_prefix(stem)?.strip_prefix('-')?;
     // Another set's claim may start alike: `data-db-x-0` is none of `db`.
     if digits.is_empty() || !digits.bytes().all(|byte| byte.is_ascii_digit()) {

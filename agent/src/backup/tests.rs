@@ -416,6 +416,7 @@ impl World {
                 },
             },
             "spec": { "source": { "persistentVolumeClaimName": claim } },
+            "status": { "boundVolumeSnapshotContentName": format!("content-of-{name}") },
         }));
         let snapshot = Snapshot { object: object.unwrap(), cut_frozen: None };
         self.snapshots.entry(name.to_owned()).or_insert(snapshot);
@@ -498,8 +499,10 @@ impl World {
                 if object.spec.suspend != suspend {
                     object.spec.suspend = suspend;
                     object.generation = object.generation.map(|generation| generation + 1);
-                    // Seen by the agent, as it is with a watch.
-                    self.step();
+                    // Seen by the agent, as it is with a watch: it may let the object go before it says so.
+                    if self.step() {
+                        self.step();
+                    }
                     self.resumed = (!suspend).then_some(self.now).or(self.resumed);
                 }
             }

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use clap::{Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
-use jiff::SignedDuration;
+use jiff::{SignedDuration, Timestamp};
 
 /// The name by which kubectl finds the plugin.
 pub(super) const BINARY: &str = "kubectl-stsbackup";
@@ -19,16 +19,19 @@ Examples:
   kubectl stsbackup points                     what can be restored in this namespace
   kubectl stsbackup coverage -A --rpo 24h      what nothing protects, and what is overdue
   kubectl stsbackup retention nightly --dry-run   what would be pruned now, and why
+  kubectl stsbackup restore db --to latest --wait   show the plan, ask, and give db its newest data back
+  kubectl stsbackup restore list -A            every restore, and what it keeps for a rollback
   kubectl stsbackup doctor                     why backups fail, or will
 
 Exit codes:
   0  success
-  1  the command failed, a run failed, doctor found something broken, or coverage --fail found a gap
+  1  the command failed, a run or restore failed or was refused, doctor found something broken, or coverage --fail
+     found a gap
   2  wrong usage, or no such object
   3  a run ended as PartiallyFailed
   4  a wait took longer than --timeout";
 
-/// Backups of StatefulSets: see them, take them, find out why they fail.
+/// Backups of StatefulSets: see them, take them, restore them, find out why they fail.
 ///
 /// Works through the Kubernetes API alone, with the rights of your kubeconfig.
 #[derive(Debug, Parser)]
@@ -104,6 +107,12 @@ pub(super) enum Command {
     /// Shows what goes and asks first. A point that is held, that a volume is being made from, or that belongs to the
     /// run under way is not deleted.
     DeletePoints(DeletePoints),
+    /// Give a StatefulSet the data of a recovery point back
+    ///
+    /// Makes a StatefulSetRestore that only plans, shows its plan and asks; approved, the agent carries out exactly this
+    /// plan. What is refused, or not approved, touches nothing and leaves no object. The old volumes stay for a day, and
+    /// restore rollback brings them back. A StatefulSet that is called list or rollback comes last, after --.
+    Restore(Restore),
     /// Begin no further runs
     ///
     /// Sets spec.suspend. A run under way is finished.
@@ -244,6 +253,99 @@ pub(super) struct DeletePoints {
     pub(super) force: bool,
 }
 
+/// What `restore` does.
+#[derive(Debug, clap::Args)]
+// Clap's own conflict of arguments with subcommands would take `restore -n shop list` for the StatefulSet list.
+#[command(subcommand_negates_reqs = true)]
+pub(super) struct Restore {
+    #[command(subcommand)]
+    pub(super) command: Option<RestoreCommand>,
+    #[command(flatten)]
+    pub(super) order: Option<Order>,
+}
+
+/// What is to be restored.
+#[derive(Debug, clap::Args)]
+pub(super) struct Order {
+    /// The StatefulSet
+    #[arg(required = true)]
+    pub(super) stateful_set: String,
+    /// Which data: latest (the newest complete recovery point), a recovery point as kubectl stsbackup points shows it, or a
+    /// time such as 2026-11-24T14:00:00Z (the newest complete point that is not later)
+    #[arg(long, required = true, value_name = "latest|POINT|TIME", value_parser = parse_to)]
+    pub(super) to: To,
+    /// Only these ordinals, such as 2,3 [default: all of the recovery point]
+    #[arg(long, value_name = "ORDINALS", value_delimiter = ',', value_parser = clap::value_parser!(i32).range(0..))]
+    pub(super) replicas: Vec<i32>,
+    /// Only show the plan
+    #[arg(long, conflicts_with_all = ["wait", "yes"])]
+    pub(super) dry_run: bool,
+    /// Follow the restore to its end; the exit code tells how it went
+    #[arg(long)]
+    pub(super) wait: bool,
+    /// Do not ask
+    #[arg(short, long)]
+    pub(super) yes: bool,
+    /// How long to wait for the plan, and with --wait for the end, such as 90s, 30m or 1h30m; an approved restore goes on
+    /// after it
+    #[arg(long, value_name = "DURATION", default_value = "1h", value_parser = parse_duration)]
+    pub(super) timeout: Duration,
+    /// How to print the plan; all else goes to standard error [default: a table]
+    #[arg(short, long, value_enum, value_name = "FORMAT")]
+    pub(super) output: Option<DataFormat>,
+}
+
+/// Which data a `StatefulSet` gets.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum To {
+    /// That of the newest complete recovery point of all its backups.
+    Latest,
+    /// That of the recovery point of this run.
+    Point(String),
+    /// That of the newest complete recovery point that is not later.
+    Time(Timestamp),
+}
+
+/// What else is done with restores.
+#[derive(Debug, Subcommand)]
+pub(super) enum RestoreCommand {
+    /// List the restores: how far they are, and what they keep for a rollback
+    #[command(visible_alias = "ls")]
+    List(Restores),
+    /// Bring the volumes back that a StatefulSet had before a restore
+    ///
+    /// Shows what comes back and asks. Sets the annotation backup.sts-backup.io/rollback-requested-at of the
+    /// StatefulSetRestore to the present time; the agent does the rest.
+    Rollback(Rollback),
+}
+
+/// What `restore list` shows.
+#[derive(Debug, clap::Args)]
+pub(super) struct Restores {
+    /// In all namespaces
+    #[arg(short = 'A', long, conflicts_with = "namespace")]
+    pub(super) all_namespaces: bool,
+    /// How to print them [default: a table]
+    #[arg(short, long, value_enum, value_name = "FORMAT")]
+    pub(super) output: Option<DataFormat>,
+}
+
+/// What `restore rollback` does.
+#[derive(Debug, clap::Args)]
+pub(super) struct Rollback {
+    /// The StatefulSetRestore
+    pub(super) name: String,
+    /// Follow the rollback to its end; the exit code tells how it went
+    #[arg(long)]
+    pub(super) wait: bool,
+    /// Do not ask
+    #[arg(short, long)]
+    pub(super) yes: bool,
+    /// How long to wait, such as 90s, 30m or 1h30m; the rollback goes on after it
+    #[arg(long, value_name = "DURATION", default_value = "1h", value_parser = parse_duration, requires = "wait")]
+    pub(super) timeout: Duration,
+}
+
 /// What `history` shows.
 #[derive(Debug, clap::Args)]
 pub(super) struct History {
@@ -288,6 +390,20 @@ fn parse_duration(text: &str) -> Result<Duration, String> {
     let advice = "write a duration such as 90s, 30m or 1h30m";
     let duration: SignedDuration = text.parse().map_err(|_| advice.to_owned())?;
     Duration::try_from(duration).ok().filter(|duration| !duration.is_zero()).ok_or_else(|| advice.to_owned())
+}
+
+/// What `--to` says. A recovery point has no colon in its name, and a time has.
+fn parse_to(text: &str) -> Result<To, String> {
+    if text == "latest" {
+        return Ok(To::Latest);
+    }
+    if let Ok(time) = text.parse() {
+        return Ok(To::Time(time));
+    }
+    if text.contains(':') {
+        return Err("write a time with its date and zone, such as 2026-11-24T14:00:00Z".to_owned());
+    }
+    Ok(To::Point(text.to_owned()))
 }
 
 #[cfg(test)]
@@ -336,6 +452,17 @@ mod tests {
             &["run", "nightly", "--wait", "--timeout", "soon"],
             &["hold", "nightly"],
             &["delete-points", "nightly", "--yes"],
+            &["restore"],
+            &["restore", "db"],
+            &["restore", "--to", "latest"],
+            &["restore", "db", "--to", "2026-11-24 14:00"],
+            &["restore", "db", "--to", "latest", "--replicas", "-1"],
+            &["restore", "db", "--to", "latest", "--dry-run", "--wait"],
+            &["restore", "db", "--to", "latest", "--dry-run", "--yes"],
+            &["restore", "list", "--to", "latest"],
+            &["restore", "list", "-A", "-n", "shop"],
+            &["restore", "rollback"],
+            &["restore", "rollback", "r", "--timeout", "1m"],
         ] {
             let refused = Args::try_parse_from([BINARY].iter().chain(line)).unwrap_err();
             assert_eq!(refused.exit_code(), 2, "{line:?}");
@@ -355,6 +482,7 @@ mod tests {
             | Command::Hold(_)
             | Command::Release(_)
             | Command::DeletePoints(_)
+            | Command::Restore(_)
             | Command::Suspend { .. }
             | Command::Resume { .. }
             | Command::History(_)
@@ -366,5 +494,53 @@ mod tests {
             timeout(&["run", "nightly", "--wait", "--timeout", "1h30m"]),
             Some(Duration::from_mins(90))
         );
+    }
+
+    fn restore(line: &[&str]) -> Restore {
+        let parsed = Args::try_parse_from([BINARY, "restore"].iter().chain(line)).unwrap();
+        match parsed.command {
+            Command::Restore(restore) => Some(restore),
+            Command::List(_)
+            | Command::Describe { .. }
+            | Command::Run(_)
+            | Command::Points(_)
+            | Command::Coverage(_)
+            | Command::Retention(_)
+            | Command::Hold(_)
+            | Command::Release(_)
+            | Command::DeletePoints(_)
+            | Command::Suspend { .. }
+            | Command::Resume { .. }
+            | Command::History(_)
+            | Command::Doctor(_)
+            | Command::Completion { .. } => None,
+        }
+        .unwrap()
+    }
+
+    #[test]
+    fn a_restore_says_which_data() {
+        for (to, meant) in [
+            ("latest", To::Latest),
+            ("20261124-111104-896efa55", To::Point("20261124-111104-896efa55".to_owned())),
+            ("2026-11-24T14:00:00Z", To::Time("2026-11-24T14:00:00Z".parse().unwrap())),
+            ("2026-11-24T15:00:00+01:00", To::Time("2026-11-24T14:00:00Z".parse().unwrap())),
+        ] {
+            let order = restore(&["-n", "shop", "db", "--to", to, "--replicas", "2,3"]).order.unwrap();
+            assert_eq!((order.to, order.replicas), (meant, vec![2, 3]));
+        }
+    }
+
+    #[test]
+    fn restores_are_listed_and_rolled_back_whatever_flags_stand_before() {
+        for line in [&["list"][..], &["ls", "-A"], &["-n", "shop", "list"], &["--context", "east", "list"]] {
+            let Restore { command, order } = restore(line);
+            assert!(matches!(command, Some(RestoreCommand::List(_))) && order.is_none(), "{line:?}");
+        }
+        let Restore { command, order } = restore(&["rollback", "db-20261124-150000", "--wait", "-n", "shop"]);
+        assert!(matches!(command, Some(RestoreCommand::Rollback(Rollback { wait: true, .. }))));
+        assert!(order.is_none());
+        let Restore { command, order } = restore(&["--to", "latest", "--", "list"]);
+        assert_eq!((command.is_none(), order.unwrap().stateful_set), (true, "list".to_owned()));
     }
 }

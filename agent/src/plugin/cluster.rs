@@ -107,33 +107,49 @@ impl Cluster {
         }
     }
 
-    /// The `StatefulSetBackups` there, whole: fields that this version does not know are kept.
-    pub(super) async fn backups(&self, scope: &Scope) -> Result<Vec<DynamicObject>, Error> {
-        let resource = ApiResource::erase::<StatefulSetBackup>(&());
-        let api: Api<DynamicObject> = match scope {
+    /// The objects of one of our kinds there, whole: fields that this version does not know are kept.
+    pub(super) fn whole<K: Resource<DynamicType = ()>>(&self, scope: &Scope) -> Api<DynamicObject> {
+        let resource = ApiResource::erase::<K>(&());
+        match scope {
             Scope::All => Api::all_with(self.client(), &resource),
             Scope::Namespace(namespace) => Api::namespaced_with(self.client(), namespace, &resource),
-        };
-        let mut backups = list_all(&api, &ListParams::default(), "list StatefulSetBackups").await?;
-        for backup in &mut backups {
-            // The items of a list come without their kind.
-            backup.types.get_or_insert_with(kube::core::TypeMeta::resource::<StatefulSetBackup>);
         }
-        Ok(backups)
+    }
+
+    /// All of [`whole`](Self::whole).
+    pub(super) async fn list<K>(&self, scope: &Scope) -> Result<Vec<DynamicObject>, Error>
+    where
+        K: Resource<DynamicType = ()>,
+    {
+        let what = format!("list {}s", K::kind(&()));
+        let mut objects = list_all(&self.whole::<K>(scope), &ListParams::default(), &what).await?;
+        for object in &mut objects {
+            // The items of a list come without their kind.
+            object.types.get_or_insert_with(kube::core::TypeMeta::resource::<K>);
+        }
+        Ok(objects)
+    }
+
+    /// One object of the namespace that is meant.
+    pub(super) async fn get<K>(&self, name: &str) -> Result<K, Error>
+    where
+        K: Resource<DynamicType = ()> + DeserializeOwned,
+    {
+        let object = format!("{} {}/{name}", K::kind(&()), self.namespace);
+        let found = self.whole::<K>(&self.scope(false)).get(name).await;
+        let found = found
+            .map_err(|err| Error::of(&format!("read {object}"), Some((&self.namespace, &object)), err))?;
+        understand(&found)
+    }
+
+    /// The `StatefulSetBackups` there, as [`list`](Self::list) says.
+    pub(super) async fn backups(&self, scope: &Scope) -> Result<Vec<DynamicObject>, Error> {
+        self.list::<StatefulSetBackup>(scope).await
     }
 
     /// One `StatefulSetBackup` of the namespace that is meant.
     pub(super) async fn backup(&self, name: &str) -> Result<StatefulSetBackup, Error> {
-        let api: Api<DynamicObject> = Api::namespaced_with(
-            self.client(),
-            &self.namespace,
-            &ApiResource::erase::<StatefulSetBackup>(&()),
-        );
-        let object = format!("StatefulSetBackup {}/{name}", self.namespace);
-        let found = api.get(name).await;
-        let found = found
-            .map_err(|err| Error::of(&format!("read {object}"), Some((&self.namespace, &object)), err))?;
-        understand(&found)
+        self.get(name).await
     }
 }
 
@@ -143,10 +159,13 @@ pub(super) fn patch_params() -> PatchParams {
 }
 
 /// The object as this version knows it.
-pub(super) fn understand(object: &DynamicObject) -> Result<StatefulSetBackup, Error> {
+pub(super) fn understand<K>(object: &DynamicObject) -> Result<K, Error>
+where
+    K: Resource<DynamicType = ()> + DeserializeOwned,
+{
     serde_json::to_value(object).and_then(serde_json::from_value).map_err(|source| {
         let namespace = object.namespace().unwrap_or_default();
-        Error::Unreadable { object: format!("StatefulSetBackup {namespace}/{}", object.name_any()), source }
+        Error::Unreadable { object: format!("{} {namespace}/{}", K::kind(&()), object.name_any()), source }
     })
 }
 

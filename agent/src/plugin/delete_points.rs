@@ -1,7 +1,5 @@
 //! `delete-points`: deletes recovery points, each as a whole, one after the other.
 
-use std::io::{self, BufRead, IsTerminal};
-
 use futures::{StreamExt, stream};
 use kube::api::{DeleteParams, Preconditions};
 use kube::{Api, ResourceExt};
@@ -10,6 +8,7 @@ use sts_backup_api::run::{RecoveryPoint, RunId};
 use sts_backup_api::snapshot::VolumeSnapshot;
 
 use super::args::DeletePoints;
+use super::ask::confirmed;
 use super::cluster::{Cluster, Scope};
 use super::describe_run;
 use super::error::{Error, not_found};
@@ -21,18 +20,17 @@ use crate::clock;
 /// How often a snapshot that changes all the time is looked at again.
 const TRIES: usize = 10;
 
+/// Said when it ends before the first deletion.
+const UNDONE: &str = "nothing was deleted";
+
 /// Deletes the points that are named.
 pub(super) async fn delete_points(cluster: &Cluster, which: &DeletePoints) -> Result<Exit, Error> {
     let owned = Owned::read(cluster, &which.name).await?;
     let chosen = chosen(&owned, which)?;
     if !which.yes {
         output::complain(describe_run::points(&chosen, clock::now()).trim_end());
-        if !confirmed(&question(&owned, &chosen, cluster.address()))? {
-            return Err(Error::Ended {
-                exit: Exit::Failure,
-                message: "nothing was deleted".to_owned(),
-                remedy: None,
-            });
+        if !confirmed(&question(&owned, &chosen, cluster.address()), UNDONE)? {
+            return Err(Error::Ended { exit: Exit::Failure, message: UNDONE.to_owned(), remedy: None });
         }
     }
     let mut failures = Vec::new();
@@ -98,7 +96,7 @@ fn chosen(owned: &Owned, which: &DeletePoints) -> Result<Vec<RecoveryPoint>, Err
     }
     Err(Error::Ended {
         exit: Exit::Failure,
-        message: format!("nothing was deleted: {}", refusals.join("; ")),
+        message: format!("{UNDONE}: {}", refusals.join("; ")),
         remedy: None,
     })
 }
@@ -134,31 +132,11 @@ fn refusals(owned: &Owned, chosen: &[RecoveryPoint], force: bool) -> Vec<String>
 fn question(owned: &Owned, chosen: &[RecoveryPoint], cluster: &str) -> String {
     let snapshots = chosen.iter().map(|point| owned.members(&point.id).len()).sum();
     format!(
-        "Delete {} ({}) of {} in the cluster of {cluster}? [y/N]",
+        "Delete {} ({}) of {} in the cluster of {cluster}?",
         count(chosen.len(), "recovery point"),
         count(snapshots, "VolumeSnapshot"),
         owned.full_name()
     )
-}
-
-/// Asks the person at the terminal.
-fn confirmed(question: &str) -> Result<bool, Error> {
-    let stdin = io::stdin();
-    if !stdin.is_terminal() {
-        return Err(Error::Ended {
-            exit: Exit::Usage,
-            message: "nothing was deleted: there is no terminal to ask at".to_owned(),
-            remedy: Some("--yes deletes without asking".to_owned()),
-        });
-    }
-    output::complain(question);
-    let mut answer = String::new();
-    stdin.lock().read_line(&mut answer).map_err(|source| Error::Ask { source })?;
-    Ok(is_yes(&answer))
-}
-
-fn is_yes(answer: &str) -> bool {
-    ["y", "yes"].contains(&answer.trim().to_ascii_lowercase().as_str())
 }
 
 /// Deletes a snapshot as it was seen: one that has changed since is looked at again.

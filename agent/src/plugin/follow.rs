@@ -9,13 +9,11 @@ use sts_backup_api::run::{
 };
 
 use super::table::span;
+use super::watch::WAITING;
 
 /// The reasons for which the agent begins no run; it looks again when the cluster changes. Any other verdict is
 /// that of the last preflight, and only another run can better it.
 const BLOCKING: [&str; 3] = [NAMESPACE_NOT_GRANTED, STATEFUL_SET_NOT_FOUND, INVALID_SCHEDULE];
-
-/// Said as long as the agent has not begun.
-pub(super) const WAITING: &str = "waiting for the agent to begin";
 
 /// A run that somebody asked for.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -44,8 +44,8 @@ pub(super) async fn list(cluster: &Cluster, how: &List) -> Result<Exit, Error> {
 }
 
 /// The objects as kubectl wraps them.
-fn as_list(backups: &[DynamicObject]) -> serde_json::Value {
-    json!({ "apiVersion": "v1", "kind": "List", "metadata": {}, "items": backups })
+pub(super) fn as_list(objects: &[DynamicObject]) -> serde_json::Value {
+    json!({ "apiVersion": "v1", "kind": "List", "metadata": {}, "items": objects })
 }
 
 fn names(backups: &[DynamicObject]) -> String {
@@ -91,7 +91,7 @@ fn render(backups: &[DynamicObject], scope: &Scope, wide: bool, now: Timestamp) 
             row.push(object.namespace().unwrap_or_default());
         }
         row.push(object.name_any());
-        match understand(object) {
+        match understand::<StatefulSetBackup>(object) {
             Ok(backup) => {
                 row.extend(columns(&backup, now));
                 if wide {

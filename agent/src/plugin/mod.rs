@@ -2,11 +2,12 @@
 //! what keeps backups from succeeding.
 //!
 //! It talks to the Kubernetes API alone, with the rights of whoever calls it: no hub and no agent needs to be
-//! reachable. It writes only what it is called for: the annotation that asks for a run, `spec.suspend`, and the label
-//! that holds a snapshot; and it deletes snapshots. What is shown is made by pure functions of what was read and the
-//! present time; each command's own file holds both.
+//! reachable. It writes only what it is called for: the annotation that asks for a run, `spec.suspend`, the label that
+//! holds a snapshot, and restores with the annotations that approve them and roll them back; and it deletes snapshots. What
+//! is shown is made by pure functions of what was read and the present time; each command's own file holds both.
 
 mod args;
+mod ask;
 mod cluster;
 mod coverage;
 mod delete_points;
@@ -22,11 +23,13 @@ mod output;
 mod owned;
 mod points;
 mod remedy;
+mod restore;
 mod retention;
 mod run;
 mod suspend;
 mod table;
 mod timing;
+mod watch;
 
 use std::process::ExitCode;
 
@@ -95,6 +98,7 @@ async fn obey(args: &Args) -> Result<Exit, Error> {
         Command::Hold(which) => hold::hold(&cluster, which).await,
         Command::Release(which) => hold::release(&cluster, which).await,
         Command::DeletePoints(which) => delete_points::delete_points(&cluster, which).await,
+        Command::Restore(how) => restore::restore(&cluster, how).await,
         Command::Suspend { name } => suspend::suspend(&cluster, name).await,
         Command::Resume { name } => suspend::resume(&cluster, name).await,
         Command::History(how) => history::history(&cluster, how).await,

@@ -16,6 +16,11 @@ pub(super) fn print(text: &str) -> Result<(), Error> {
     }
 }
 
+/// Writes a line to standard output.
+pub(super) fn say(line: &str) -> Result<(), Error> {
+    print(&format!("{line}\n"))
+}
+
 /// Writes a line to standard error. There is nobody to tell when that fails.
 pub(super) fn complain(line: &str) {
     let _nobody_to_tell = writeln!(io::stderr(), "{line}");

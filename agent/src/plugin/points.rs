@@ -99,7 +99,7 @@ async fn observe(cluster: &Cluster, scope: &Scope, name: Option<&str>) -> Result
     };
     for object in backups.iter().flatten() {
         let (namespace, backup) = (object.namespace().unwrap_or_default(), object.name_any());
-        if let Ok(known) = understand(object).as_ref()
+        if let Ok(known) = understand::<StatefulSetBackup>(object).as_ref()
             && name.is_none_or(|name| name == backup)
         {
             targets

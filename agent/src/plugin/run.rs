@@ -1,13 +1,10 @@
 //! `run`: asks for a run, and follows it to its end if wanted.
 
-use std::time::Duration;
-
-use futures::{Stream, StreamExt};
 use jiff::Timestamp;
-use kube::api::{ApiResource, DynamicObject, Patch};
+use kube::ResourceExt;
+use kube::api::{DynamicObject, Patch};
 use kube::runtime::WatchStreamExt;
-use kube::runtime::watcher::{self, watch_object};
-use kube::{Api, ResourceExt};
+use kube::runtime::watcher::watch_object;
 use serde_json::json;
 use sts_backup_api::backup::StatefulSetBackup;
 use sts_backup_api::names::REQUESTED_AT_ANNOTATION;
@@ -15,18 +12,13 @@ use sts_backup_api::run::{RecoveryPoint, RunRecord, RunResult};
 
 use super::args::{DataFormat, Run};
 use super::cluster::{Cluster, patch_params, understand};
-use super::error::{Error, forbidden, not_found};
-use super::follow::{Asked, Progress, WAITING, blocked, not_ready, point_line, progress};
+use super::error::Error;
+use super::follow::{Asked, Progress, blocked, not_ready, point_line, progress};
 use super::remedy::remedy;
-use super::table::span;
+use super::table::duration;
+use super::watch::{Look, follow};
 use super::{Exit, output};
 use crate::clock;
-
-/// An agent that is alive has begun by then, unless another run is under way.
-const SILENCE: Duration = Duration::from_secs(15);
-
-const SILENCE_HINT: &str =
-    "nothing has happened yet: kubectl stsbackup doctor tells whether the agent is alive; still waiting";
 
 /// Asks for a run; with `--wait`, follows it.
 pub(super) async fn run(cluster: &Cluster, how: &Run) -> Result<Exit, Error> {
@@ -58,8 +50,7 @@ pub(super) async fn run(cluster: &Cluster, how: &Run) -> Result<Exit, Error> {
     }
 
     let annotation = request_value(clock::now());
-    let resource = ApiResource::erase::<StatefulSetBackup>(&());
-    let api: Api<DynamicObject> = Api::namespaced_with(cluster.client(), namespace, &resource);
+    let api = cluster.whole::<StatefulSetBackup>(&cluster.scope(false));
     let object = format!("StatefulSetBackup {namespace}/{name}");
     let patch = Patch::Merge(request_patch(&annotation));
     let asked_of = api
@@ -81,16 +72,15 @@ pub(super) async fn run(cluster: &Cluster, how: &Run) -> Result<Exit, Error> {
     }
 
     let states = Box::pin(watch_object(api, name).default_backoff());
-    let followed = tokio::time::timeout(how.timeout, follow(states, &asked, say)).await;
+    let look = |object: Option<&DynamicObject>| look(object, &asked);
+    let followed = follow(states, "StatefulSetBackup", look, say);
+    let followed = tokio::time::timeout(how.timeout, followed).await;
     let (record, point) = match followed {
         Ok(end) => conclude(end?, namespace, name)?,
         Err(_elapsed) => {
             return Err(Error::Ended {
                 exit: Exit::Timeout,
-                message: format!(
-                    "the run is not over after {}; it goes on",
-                    span(i64::try_from(how.timeout.as_millis()).unwrap_or(i64::MAX))
-                ),
+                message: format!("the run is not over after {}; it goes on", duration(how.timeout)),
                 remedy: Some(format!("kubectl stsbackup describe {name} -n {namespace} shows how far it is")),
             });
         }
@@ -113,71 +103,17 @@ fn request_patch(annotation: &str) -> serde_json::Value {
     json!({ "metadata": { "annotations": { REQUESTED_AT_ANNOTATION: annotation } } })
 }
 
-/// Says how far the run is whenever that has changed, until it goes no further.
-async fn follow(
-    mut states: impl Stream<Item = watcher::Result<Option<DynamicObject>>> + Unpin,
-    asked: &Asked,
-    say: impl Fn(&str) -> Result<(), Error>,
-) -> Result<Progress, Error> {
-    let mut said = String::new();
-    let mut last_trouble = None;
-    let mut silence = Box::pin(tokio::time::sleep(SILENCE));
-    let mut hinted = false;
-    loop {
-        let state = tokio::select! {
-            state = states.next() => state,
-            () = &mut silence, if !hinted => {
-                hinted = true;
-                output::complain(SILENCE_HINT);
-                continue;
-            }
-        };
-        let backup = match state {
-            Some(Ok(object)) => object.as_ref().map(understand).transpose()?,
-            Some(Err(err)) => {
-                // The watch goes on by itself, and catches up: only what will not change ends it.
-                if let Some(end) = lasting(&err) {
-                    return Err(Error::of("watch the StatefulSetBackup", None, kube::Error::Api(end)));
-                }
-                let trouble = err.to_string();
-                if last_trouble.as_ref() != Some(&trouble) {
-                    output::complain(&format!("the watch was interrupted and is tried again: {trouble}"));
-                    last_trouble = Some(trouble);
-                }
-                continue;
-            }
-            None => return Ok(Progress::Deleted),
-        };
-        match progress(backup.as_ref(), asked) {
-            Progress::Goes(line) => {
-                hinted |= line != WAITING;
-                if line != said {
-                    say(&line)?;
-                    said = line;
-                }
-            }
-            end @ (Progress::Over { .. }
-            | Progress::CannotStart { .. }
-            | Progress::Suspended
-            | Progress::Replaced { .. }
-            | Progress::Deleted) => return Ok(end),
-        }
-    }
-}
-
-/// The answer of the API server that a watch will get again and again.
-fn lasting(err: &watcher::Error) -> Option<Box<kube::core::Status>> {
-    let status = match err {
-        watcher::Error::InitialListFailed(kube::Error::Api(status))
-        | watcher::Error::WatchStartFailed(kube::Error::Api(status))
-        | watcher::Error::WatchFailed(kube::Error::Api(status))
-        | watcher::Error::WatchError(status) => status,
-        watcher::Error::InitialListFailed(_)
-        | watcher::Error::WatchStartFailed(_)
-        | watcher::Error::WatchFailed(_)
-        | watcher::Error::NoResourceVersion => return None,
-    };
-    (forbidden(status) || not_found(status)).then(|| status.clone())
+/// What the object says of the run that was asked for.
+fn look(object: Option<&DynamicObject>, asked: &Asked) -> Result<Look<Progress>, Error> {
+    let backup = object.map(understand).transpose()?;
+    Ok(match progress(backup.as_ref(), asked) {
+        Progress::Goes(line) => Look::Goes(line),
+        end @ (Progress::Over { .. }
+        | Progress::CannotStart { .. }
+        | Progress::Suspended
+        | Progress::Replaced { .. }
+        | Progress::Deleted) => Look::Ends(end),
+    })
 }
 
 /// The finished run, or why there is none.

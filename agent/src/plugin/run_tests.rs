@@ -1,8 +1,10 @@
 use std::cell::RefCell;
 
+use kube::runtime::watcher;
 use serde_json::Value;
 
 use super::*;
+use crate::plugin::watch::WAITING;
 
 const VALUE: &str = "2026-02-03T02:00:00.000000001Z";
 
@@ -42,7 +44,9 @@ async fn followed(
         said.borrow_mut().push(line.to_owned());
         Ok(())
     };
-    let end = follow(futures::stream::iter(states), &Asked::new("uid-1", VALUE), say).await;
+    let asked = Asked::new("uid-1", VALUE);
+    let look = |object: Option<&DynamicObject>| look(object, &asked);
+    let end = follow(futures::stream::iter(states), "StatefulSetBackup", look, say).await;
     (said.into_inner(), end)
 }
 

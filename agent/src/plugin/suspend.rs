@@ -1,7 +1,7 @@
 //! `suspend` and `resume`: whether runs begin.
 
 use jiff::Timestamp;
-use kube::api::{ApiResource, DynamicObject, Patch};
+use kube::api::Patch;
 use kube::{Api, ResourceExt};
 use serde_json::json;
 use sts_backup_api::backup::StatefulSetBackup;
@@ -33,13 +33,12 @@ async fn set(cluster: &Cluster, name: &str, suspend: bool) -> Result<Exit, Error
     }
     if backup.spec.suspend != suspend {
         let namespace = cluster.namespace();
-        let resource = ApiResource::erase::<StatefulSetBackup>(&());
-        let api: Api<DynamicObject> = Api::namespaced_with(cluster.client(), namespace, &resource);
+        let api = cluster.whole::<StatefulSetBackup>(&cluster.scope(false));
         let object = format!("StatefulSetBackup {namespace}/{name}");
         let what = if suspend { "suspend" } else { "resume" };
         let patch = Patch::Merge(json!({ "spec": { "suspend": suspend } }));
         let patched = api.patch(name, &patch_params(), &patch).await;
-        understand(
+        understand::<StatefulSetBackup>(
             &patched
                 .map_err(|err| Error::of(&format!("{what} {object}"), Some((namespace, &object)), err))?,
         )?;

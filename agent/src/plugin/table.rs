@@ -1,5 +1,7 @@
 //! Tables, ages, spans and sizes as kubectl's users know them.
 
+use std::time::Duration;
+
 use comfy_table::Table;
 use comfy_table::presets::NOTHING;
 use jiff::Timestamp;
@@ -71,6 +73,11 @@ pub(super) fn span(milliseconds: i64) -> String {
         60_000..3_600_000 => format!("{} min {} s", seconds / 60, seconds % 60),
         3_600_000.. => format!("{} h {} min", seconds / 3600, seconds / 60 % 60),
     }
+}
+
+/// As [`span`].
+pub(super) fn duration(duration: Duration) -> String {
+    span(i64::try_from(duration.as_millis()).unwrap_or(i64::MAX))
 }
 
 /// Bytes as Kubernetes writes them, to a tenth: `512`, `30Mi`, `1.5Gi`.

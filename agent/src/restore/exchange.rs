@@ -10,9 +10,9 @@ use sts_backup_api::restore::OnFailure;
 use sts_backup_api::run::Failure;
 use sts_backup_api::swap::{Swap, SwapStep, SwapVolume, Toward};
 
+use super::claims::final_claim;
 use super::decide::{CONTESTED, LOOK_AGAIN, PODS_NOT_READY, RestoreStep, VolumeChange, Work, Write, later};
 use super::facts::{ClaimFacts, PodFacts, SetFacts};
-use super::plan::final_claim;
 use super::prepare::volumes_gone;
 use super::view::View;
 
@@ -237,7 +237,7 @@ pub(super) fn swapping(view: &View<'_>) -> RestoreStep {
     let missing =
         view.swap.volumes.iter().filter(|volume| view.claim(volume).is_none() && view.is_armed(volume));
     let creations = missing.filter_map(|volume| {
-        let claim = final_claim(volume, view.target(volume)?, view.swap.toward);
+        let claim = final_claim(volume, &view.target(volume)?.name);
         Some(Write::CreateClaim(Box::new(claim)))
     });
     if let Some(step) = View::work(Work::CreateClaims, creations) {

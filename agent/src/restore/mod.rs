@@ -4,6 +4,10 @@
 //! do, [`prepare`] and [`exchange`] are the steps of the swap), [`perform`] does it, [`status`] says it. This module only
 //! drives them; [`triggers`] says when to look, and [`expire`] lets old volumes go when their time has come.
 
+mod candidates;
+mod checks;
+mod choose;
+mod claims;
 mod context;
 mod decide;
 mod exchange;
@@ -16,12 +20,15 @@ mod observe;
 mod perform;
 mod plan;
 mod prepare;
+#[cfg(test)]
+mod scene;
 mod status;
 mod survey;
 #[cfg(test)]
 mod tests;
 mod triggers;
 mod view;
+mod volumes;
 
 use std::future::ready;
 use std::sync::Arc;

@@ -6,10 +6,10 @@ use sts_backup_api::names::staged_claim_name;
 use sts_backup_api::run::Failure;
 use sts_backup_api::swap::{Swap, SwapPv, SwapStep, SwapVolume, Toward};
 
+use super::claims::staged_claim;
 use super::decide::{LOOK_AGAIN, Outcome, RestoreStep, VolumeChange, Work, Write, later};
 use super::exchange;
 use super::facts::{ClaimFacts, VolumeFacts};
-use super::plan::staged_claim;
 use super::view::View;
 
 /// Volumes that claims have now are kept from being deleted with their claims.

@@ -6,4 +6,5 @@ pub mod agent;
 mod clock;
 mod fleet;
 pub mod freeze;
+pub mod restore;
 mod usage;

@@ -7,16 +7,17 @@
 
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
+use futures::future::try_join_all;
 use k8s_openapi::api::apps::v1::StatefulSet;
 use kube::Api;
-use kube::api::PostParams;
+use kube::api::{DeleteParams, Patch, PatchParams, PostParams, PropagationPolicy};
 use serde_json::{Value, json};
 
 use super::Namespace;
 use super::exec::exec;
 use super::poll::until;
-use crate::condition::{await_condition, statefulset_ready};
+use crate::condition::{await_condition, await_deleted, statefulset_ready};
 
 /// A start takes a second; the rest is for a busy machine.
 const READY_TIMEOUT: Duration = Duration::from_mins(2);
@@ -38,7 +39,11 @@ pub struct App {
     containers: Vec<String>,
     environment: Vec<(String, String)>,
     default_container: Option<String>,
-    told_ready: bool,
+    /// What must succeed in the container for the pod to be ready.
+    readiness: Option<String>,
+    management: &'static str,
+    size: String,
+    retention: Value,
 }
 
 impl App {
@@ -54,7 +59,10 @@ impl App {
             containers: vec!["main".to_owned()],
             environment: Vec::new(),
             default_container: None,
-            told_ready: false,
+            readiness: None,
+            management: "Parallel",
+            size: "16Mi".to_owned(),
+            retention: json!({ "whenDeleted": "Retain", "whenScaled": "Retain" }),
         }
     }
 
@@ -95,7 +103,143 @@ impl App {
     /// No pod is ready before [`Self::tell_ready`].
     #[must_use]
     pub fn ready_when_told(self) -> Self {
-        Self { told_ready: true, ..self }
+        self.ready_when(&format!("test -e {READY_FILE}"))
+    }
+
+    /// A pod is ready as long as this script succeeds in it.
+    #[must_use]
+    pub fn ready_when(self, script: &str) -> Self {
+        Self { readiness: Some(script.to_owned()), ..self }
+    }
+
+    /// Pods start one after the other, each when the one before is ready.
+    #[must_use]
+    pub fn ordered(self) -> Self {
+        Self { management: "OrderedReady", ..self }
+    }
+
+    /// The size that the claim templates ask for, a Kubernetes quantity.
+    #[must_use]
+    pub fn size(self, size: &str) -> Self {
+        Self { size: size.to_owned(), ..self }
+    }
+
+    /// The `StorageClass` of the template `data`.
+    #[must_use]
+    pub fn storage_class(mut self, storage_class: &str) -> Self {
+        storage_class.clone_into(&mut self.templates[0].1);
+        self
+    }
+
+    /// Claims are deleted with their pods, when the `StatefulSet` is scaled down or deleted.
+    #[must_use]
+    pub fn claims_go(self) -> Self {
+        Self { retention: json!({ "whenDeleted": "Delete", "whenScaled": "Delete" }), ..self }
+    }
+
+    /// Its name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The ordinals of the pods that it was made with.
+    #[must_use]
+    pub fn ordinals(&self) -> std::ops::Range<i32> {
+        self.start..self.start + self.replicas
+    }
+
+    /// The claims of the pods that it was made with.
+    #[must_use]
+    pub fn claims(&self) -> Vec<String> {
+        self.ordinals().flat_map(|ordinal| self.claims_of(ordinal)).collect()
+    }
+
+    /// The claims of one pod.
+    #[must_use]
+    pub fn claims_of(&self, ordinal: i32) -> Vec<String> {
+        let claim = |(template, _): &(String, String)| format!("{template}-{}-{ordinal}", self.name);
+        self.templates.iter().map(claim).collect()
+    }
+
+    /// Writes a text into every volume of a pod, with the volume's claim, so that no volume is taken for another one.
+    ///
+    /// # Errors
+    /// When the pod takes no command.
+    pub async fn write(&self, ordinal: i32, text: &str) -> Result<()> {
+        for (template, _) in &self.templates {
+            let line = format!("{text} of {template}-{}-{ordinal}", self.name);
+            self.sh(ordinal, &format!("echo '{line}' >/volumes/{template}/text && sync")).await?;
+        }
+        Ok(())
+    }
+
+    /// [`Self::write`] in all pods.
+    ///
+    /// # Errors
+    /// When a pod takes no command.
+    pub async fn write_all(&self, text: &str) -> Result<()> {
+        try_join_all(self.ordinals().map(|ordinal| self.write(ordinal, text))).await?;
+        Ok(())
+    }
+
+    /// Checks that every volume of a pod has what [`Self::write`] wrote last, and is the volume that it wrote it to.
+    ///
+    /// # Errors
+    /// When one has not: an empty volume says `nothing`.
+    pub async fn ensure_text(&self, ordinal: i32, text: &str) -> Result<()> {
+        for (template, _) in &self.templates {
+            let found = self.sh(ordinal, &format!("cat /volumes/{template}/text || echo nothing")).await?;
+            let claim = format!("{template}-{}-{ordinal}", self.name);
+            let found = found.trim_end();
+            ensure!(found == format!("{text} of {claim}"), "{claim} has {found:?}, not {text:?}");
+        }
+        Ok(())
+    }
+
+    /// [`Self::ensure_text`] of all pods.
+    ///
+    /// # Errors
+    /// As [`Self::ensure_text`].
+    pub async fn ensure_texts(&self, text: &str) -> Result<()> {
+        try_join_all(self.ordinals().map(|ordinal| self.ensure_text(ordinal, text))).await?;
+        Ok(())
+    }
+
+    /// Waits until so many pods are ready, and no more exist.
+    ///
+    /// # Errors
+    /// When it is not so in time.
+    pub async fn await_ready(&self, replicas: i32) -> Result<()> {
+        let sets: Api<StatefulSet> = self.ns.api();
+        let what = format!("at {replicas} ready");
+        await_condition(&sets, &self.name, &what, READY_TIMEOUT, statefulset_ready(replicas)).await?;
+        Ok(())
+    }
+
+    /// Asks for that many pods, and does not wait.
+    ///
+    /// # Errors
+    /// When the API server refuses.
+    pub async fn scale(&self, replicas: i32) -> Result<()> {
+        let wanted = Patch::Merge(json!({ "spec": { "replicas": replicas } }));
+        let sets: Api<StatefulSet> = self.ns.api();
+        let scaled = sets.patch_scale(&self.name, &PatchParams::default(), &wanted).await;
+        scaled.with_context(|| format!("scale the StatefulSet {} to {replicas}", self.name))?;
+        Ok(())
+    }
+
+    /// Deletes the `StatefulSet` and leaves its pods and claims.
+    ///
+    /// # Errors
+    /// When it is not gone in time.
+    pub async fn orphan(&self) -> Result<()> {
+        let sets: Api<StatefulSet> = self.ns.api();
+        let set = sets.get(&self.name).await?;
+        let leaving =
+            DeleteParams { propagation_policy: Some(PropagationPolicy::Orphan), ..DeleteParams::default() };
+        sets.delete(&self.name, &leaving).await?;
+        await_deleted(&sets, &set, READY_TIMEOUT).await
     }
 
     /// Creates the `StatefulSet` and waits until every pod is ready.
@@ -104,9 +248,7 @@ impl App {
     /// When it cannot be created, or a pod is not ready in time.
     pub async fn deploy(&self) -> Result<()> {
         self.create().await?;
-        let ready = statefulset_ready(self.replicas);
-        await_condition(&self.ns.api::<StatefulSet>(), &self.name, "ready", READY_TIMEOUT, ready).await?;
-        Ok(())
+        self.await_ready(self.replicas).await
     }
 
     /// Creates the `StatefulSet`, and does not wait.
@@ -159,14 +301,14 @@ impl App {
     }
 
     fn stateful_set(&self, image: &str) -> Value {
-        let Self { ns: _, name, replicas, start, templates, .. } = self;
+        let Self { ns: _, name, replicas, start, templates, management, size, retention, .. } = self;
         let claim = |(template, class): &(String, String)| {
             json!({
                 "metadata": { "name": template },
                 "spec": {
                     "accessModes": ["ReadWriteOnce"],
                     "storageClassName": class,
-                    "resources": { "requests": { "storage": "16Mi" } },
+                    "resources": { "requests": { "storage": size } },
                 },
             })
         };
@@ -179,7 +321,8 @@ impl App {
             "spec": {
                 "replicas": replicas,
                 "ordinals": { "start": start },
-                "podManagementPolicy": "Parallel",
+                "podManagementPolicy": management,
+                "persistentVolumeClaimRetentionPolicy": retention,
                 "selector": { "matchLabels": { "app": name } },
                 "template": {
                     "metadata": { "labels": { "app": name }, "annotations": annotations },
@@ -212,9 +355,10 @@ impl App {
                 },
                 "volumeMounts": mounts,
             });
-            if self.told_ready {
-                let probe = json!({ "exec": { "command": ["test", "-e", READY_FILE] }, "periodSeconds": 1, "timeoutSeconds": 5 });
-                container["readinessProbe"] = probe;
+            if let Some(script) = &self.readiness {
+                let command = ["sh", "-c", script];
+                container["readinessProbe"] =
+                    json!({ "exec": { "command": command }, "periodSeconds": 1, "timeoutSeconds": 5 });
             }
             container
         };

@@ -1,10 +1,11 @@
-//! Backups and policies as users write them, sent as kubectl sends them: an unknown field is refused, not dropped.
+//! Backups, restores and policies as users write them, sent as kubectl sends them: an unknown field is refused, not dropped.
 
 use anyhow::{Result, bail};
 use kube::{Client, Resource};
 use serde_json::{Value, json};
 use sts_backup_api::backup::StatefulSetBackup;
 use sts_backup_api::policy::StatefulSetBackupPolicy;
+use sts_backup_api::restore::StatefulSetRestore;
 
 use super::{Namespace, User};
 
@@ -16,6 +17,17 @@ pub fn manifest(name: &str, spec: &Value) -> Value {
     json!({
         "apiVersion": StatefulSetBackup::api_version(&()),
         "kind": StatefulSetBackup::kind(&()),
+        "metadata": { "name": name },
+        "spec": spec,
+    })
+}
+
+/// The manifest of a restore with that spec.
+#[must_use]
+pub fn restore_manifest(name: &str, spec: &Value) -> Value {
+    json!({
+        "apiVersion": StatefulSetRestore::api_version(&()),
+        "kind": StatefulSetRestore::kind(&()),
         "metadata": { "name": name },
         "spec": spec,
     })
@@ -57,6 +69,8 @@ pub async fn refusal_of(user: &User, ns: &Namespace, manifest: &Value) -> Result
 async fn send(client: &Client, ns: &Namespace, manifest: &Value, parameters: &str) -> kube::Result<()> {
     let path = if manifest["kind"] == *StatefulSetBackupPolicy::kind(&()) {
         StatefulSetBackupPolicy::url_path(&(), None)
+    } else if manifest["kind"] == *StatefulSetRestore::kind(&()) {
+        StatefulSetRestore::url_path(&(), Some(ns.name()))
     } else {
         StatefulSetBackup::url_path(&(), Some(ns.name()))
     };

@@ -13,6 +13,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference}
 use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams};
 use kube::{Api, Resource, ResourceExt};
 use serde_json::json;
+use sts_backup_api::names::RESTORE_LABEL;
 use sts_backup_api::snapshot::VolumeSnapshotContent;
 
 use super::Cluster;
@@ -172,6 +173,7 @@ impl Namespace {
         })
         .await?;
 
+        self.remove_kept_volumes(&volumes).await?;
         if handles.is_empty() {
             return Ok(());
         }
@@ -182,12 +184,38 @@ impl Namespace {
         Ok(())
     }
 
+    /// Removes the volumes that restores have kept for a rollback window which is longer than the test, or had in hand
+    /// when it ended.
+    async fn remove_kept_volumes(&self, volumes: &Api<PersistentVolume>) -> Result<()> {
+        let is_kept = |volume: &PersistentVolume| {
+            self.is_volume_of(volume) && volume.labels().contains_key(RESTORE_LABEL)
+        };
+        for volume in volumes.list(&ListParams::default()).await?.into_iter().filter(is_kept) {
+            // One that is reserved for a claim that does not come, and has no uid of it, would never go.
+            let uid = volume.spec.and_then(|spec| spec.claim_ref?.uid).unwrap_or_else(|| "gone".to_owned());
+            let goes = json!({
+                "spec": { "persistentVolumeReclaimPolicy": "Delete", "claimRef": { "uid": uid } },
+            });
+            let name = volume.metadata.name.unwrap_or_default();
+            match volumes.patch(&name, &PatchParams::default(), &Patch::Merge(goes)).await {
+                Err(kube::Error::Api(status)) if status.code == 404 => {}
+                other => drop(other.with_context(|| format!("let go of the volume {name}"))?),
+            }
+        }
+        await_none(volumes, "volumes that a restore kept", REMOVAL_TIMEOUT, is_kept).await
+    }
+
+    /// Whether the volume is of a claim of this namespace, or was.
+    fn is_volume_of(&self, volume: &PersistentVolume) -> bool {
+        let claim = volume.spec.as_ref().and_then(|spec| spec.claim_ref.as_ref());
+        claim.and_then(|claim| claim.namespace.as_ref()) == Some(&self.name)
+    }
+
     /// Whether the volume is of this namespace and is to go with it.
     fn deletes_volume(&self, volume: &PersistentVolume) -> bool {
-        volume.spec.as_ref().is_some_and(|spec| {
-            spec.persistent_volume_reclaim_policy.as_deref() == Some("Delete")
-                && spec.claim_ref.as_ref().and_then(|claim| claim.namespace.as_ref()) == Some(&self.name)
-        })
+        let policy = volume.spec.as_ref().and_then(|spec| spec.persistent_volume_reclaim_policy.as_deref());
+        // A volume that a restore has kept and lets go of meanwhile goes by the rules of that.
+        policy == Some("Delete") && self.is_volume_of(volume) && !volume.labels().contains_key(RESTORE_LABEL)
     }
 
     /// Whether the content is of this namespace and is to go with it.

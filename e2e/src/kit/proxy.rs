@@ -193,6 +193,22 @@ pub fn is_status_write(method: &Method, uri: &Uri) -> bool {
     method == Method::PATCH && path.contains("/statefulsetbackups/") && path.ends_with("/status")
 }
 
+/// Changes the cluster or the status in the course of a restore; what only asks by a dry run changes nothing.
+#[must_use]
+pub fn is_write_of_restore(method: &Method, uri: &Uri) -> bool {
+    const PARTS: [&str; 5] =
+        ["/statefulsetrestores/", "/persistentvolumes/", "/persistentvolumeclaims", "/scale", "/pods/"];
+    let is_dry_run = uri.query().is_some_and(|query| query.contains("dryRun"));
+    method != Method::GET && !is_dry_run && PARTS.iter().any(|part| uri.path().contains(part))
+}
+
+/// Deletes a claim of an application, which a restore makes again; not one by which it has a new volume made.
+#[must_use]
+pub fn is_deletion_of_claim(method: &Method, uri: &Uri) -> bool {
+    let name = uri.path().rsplit_once("/persistentvolumeclaims/").map(|(_, name)| name);
+    method == Method::DELETE && name.is_some_and(|name| !name.contains("-restore-"))
+}
+
 /// Runs the pre hook of a [drill](super::drill), which has a word of its trace.
 #[must_use]
 pub fn is_pre_hook(_method: &Method, uri: &Uri) -> bool {

@@ -8,6 +8,9 @@ mod crashes;
 mod kills;
 mod leases;
 mod policies;
+mod restore_crashes;
+mod restores;
+mod restores_contested;
 mod retention;
 mod schedules;
 mod snapshots;
@@ -22,7 +25,8 @@ use kube::ResourceExt;
 use sts_backup_e2e::kit::agent::alone;
 use sts_backup_e2e::kit::crds::apply_crds;
 use sts_backup_e2e::kit::local_agent::{LocalAgent, LocalAgentConfig};
-use sts_backup_e2e::kit::{App, Cluster, Namespace, with_temp_namespace};
+use sts_backup_e2e::kit::proxy::ApiProxy;
+use sts_backup_e2e::kit::{App, Cluster, Namespace, RestoreDrill, with_temp_namespace};
 
 /// Snapshots of a run that are still to be cut when it is interrupted, and can be deleted at once: their calls fail,
 /// and are repeated after 1, 2, 4 and 8 s. A deletion while a call is outstanding, as `cutDelay` makes it, is one that
@@ -80,4 +84,21 @@ impl Daily {
     fn day(&self, days: i64) -> Timestamp {
         self.today + SignedDuration::from_hours(24 * days)
     }
+}
+
+/// Runs a test with an agent, and an application `app` with a recovery point which has written on since, alone in the
+/// cluster that has no shared agent. The agent reaches the API server by way of a proxy.
+async fn alone_with_restore_drill(
+    app: impl FnOnce(App) -> App,
+    test: impl AsyncFnOnce(&Namespace, &RestoreDrill, &ApiProxy) -> Result<()>,
+) -> Result<()> {
+    alone_in_namespace("restores", async |ns| {
+        apply_crds(ns.cluster()).await?;
+        let proxy = ApiProxy::start(ns.cluster()).await?;
+        let config = LocalAgentConfig::new(ns, "agent").steady_lease().kubeconfig(proxy.kubeconfig());
+        let _agent = LocalAgent::start(&config).await?;
+        let drill = RestoreDrill::deploy(ns, app(App::new(ns, "app"))).await?;
+        test(ns, &drill, &proxy).await
+    })
+    .await
 }

@@ -1,15 +1,20 @@
-//! Who may not exec in pods, or delete snapshots, does not get there by a backup's hooks or status: the chart's admission
-//! policies, as the API server of the first cluster carries them out.
+//! Who may not exec in pods, or delete snapshots, does not get there by a backup's hooks or status, and who may not scale or
+//! delete claims not by a restore: the chart's admission policies, as the API server of the first cluster carries them out.
 
 use anyhow::{Context, Result, ensure};
 use kube::Api;
-use kube::api::{Patch, PatchParams};
+use kube::api::{Patch, PatchParams, PostParams};
 use serde_json::{Value, json};
-use sts_backup_api::backup::{GROUP, StatefulSetBackup};
+use sts_backup_api::backup::{GROUP, StatefulSetBackup, StatefulSetRef};
+use sts_backup_api::names::{
+    ALLOW_CONTESTED_ANNOTATION, APPROVED_PLAN_ANNOTATION, ROLLBACK_REQUESTED_AT_ANNOTATION,
+};
+use sts_backup_api::restore::{StatefulSetRestore, StatefulSetRestoreSpec};
 use sts_backup_e2e::kit::manifest::{create, manifest, refusal_of};
 use sts_backup_e2e::kit::{Cluster, Namespace, User, policy, with_temp_namespaces};
 
 const BACKUPS: &str = "statefulsetbackups";
+const RESTORES: &str = "statefulsetrestores";
 
 /// A backup of a `StatefulSet` that does not exist: nothing runs.
 fn backup(namespace: Option<&Namespace>, more: &Value) -> Value {
@@ -198,6 +203,160 @@ async fn the_status_of_runs_is_admitted_only_of_who_may_do_what_the_agent_does_b
         writer.grant(own, "", "pods/exec", &["create"]).await?;
         let said = refusal(&owed).await?;
         ensure!(said.is_none(), "{said:?}");
+        Ok(())
+    })
+    .await
+}
+
+/// Nothing is stored of what is admitted.
+fn patch_params() -> PatchParams {
+    PatchParams { dry_run: true, ..PatchParams::default() }
+}
+
+/// What the API server has to say against somebody's write.
+fn refused<T>(outcome: kube::Result<T>, what: &str) -> Result<Option<String>> {
+    match outcome {
+        Ok(_) => Ok(None),
+        Err(kube::Error::Api(said)) if said.code == 403 => Ok(Some(said.message)),
+        Err(other) => Err(other).with_context(|| what.to_owned()),
+    }
+}
+
+/// A restore of a `StatefulSet` that does not exist: nothing is touched.
+fn restore(target: Option<&Namespace>) -> StatefulSetRestore {
+    let spec = StatefulSetRestoreSpec {
+        stateful_set_ref: StatefulSetRef {
+            name: "absent".to_owned(),
+            namespace: target.map(|namespace| namespace.name().to_owned()),
+        },
+        use_latest_backup: Some(true),
+        dry_run: true,
+        ..StatefulSetRestoreSpec::new("absent")
+    };
+    StatefulSetRestore::new("back", spec)
+}
+
+fn ensure_asked_to_scale(said: Option<String>, user: &User, namespace: &Namespace) -> Result<()> {
+    let said = said.context("a restore was admitted of who may not scale")?;
+    let reason = format!(
+        "scales StatefulSet absent of namespace {}, where {} may not patch statefulsets/scale.apps",
+        namespace.name(),
+        user.name()
+    );
+    ensure!(said.contains(&reason), "{said}");
+    Ok(())
+}
+
+fn ensure_asked_to_delete_claims(said: Option<String>, user: &User, namespace: &Namespace) -> Result<()> {
+    let said = said.context("a restore was admitted of who may not delete claims")?;
+    let reason = format!(
+        "deletes claims of namespace {} and makes them again, where {} may not delete persistentvolumeclaims",
+        namespace.name(),
+        user.name()
+    );
+    ensure!(said.contains(&reason), "{said}");
+    Ok(())
+}
+
+#[tokio::test]
+#[ignore = "needs clusters: cargo e2e test"]
+async fn restores_are_admitted_only_of_who_may_scale_and_delete_claims_there() -> Result<()> {
+    with_writer(async |writer, own, other| {
+        writer.grant(own, GROUP, RESTORES, &["create"]).await?;
+        let restores: Api<StatefulSetRestore> = Api::namespaced(writer.client(), own.name());
+        let dry_run = PostParams { dry_run: true, ..PostParams::default() };
+        let refusal = async |target: Option<&Namespace>| {
+            refused(restores.create(&dry_run, &restore(target)).await, "create a restore")
+        };
+
+        ensure_asked_to_scale(refusal(None).await?, writer, own)?;
+        writer.grant(own, "apps", "statefulsets/scale", &["patch"]).await?;
+        ensure_asked_to_delete_claims(refusal(None).await?, writer, own)?;
+        writer.grant(own, "", "persistentvolumeclaims", &["delete"]).await?;
+        for target in [None, Some(own)] {
+            let said = refusal(target).await?;
+            ensure!(said.is_none(), "{said:?}");
+        }
+
+        ensure_asked_to_scale(refusal(Some(other)).await?, writer, other)?;
+        writer.grant(other, "apps", "statefulsets/scale", &["patch"]).await?;
+        ensure_asked_to_delete_claims(refusal(Some(other)).await?, writer, other)?;
+        writer.grant(other, "", "persistentvolumeclaims", &["delete"]).await?;
+        let said = refusal(Some(other)).await?;
+        ensure!(said.is_none(), "{said:?}");
+        Ok(())
+    })
+    .await
+}
+
+#[tokio::test]
+#[ignore = "needs clusters: cargo e2e test"]
+async fn who_may_not_scale_neither_approves_a_restore_nor_rolls_it_back() -> Result<()> {
+    with_writer(async |writer, own, _| {
+        own.api().create(&PostParams::default(), &restore(None)).await?;
+        writer.grant(own, GROUP, RESTORES, &["get", "patch"]).await?;
+        let restores: Api<StatefulSetRestore> = Api::namespaced(writer.client(), own.name());
+        let refusal = async |metadata: Value| {
+            let patch = Patch::Merge(json!({ "metadata": metadata }));
+            let outcome = restores.patch("back", &patch_params(), &patch).await;
+            refused(outcome, &metadata.to_string())
+        };
+        let orders = [APPROVED_PLAN_ANNOTATION, ALLOW_CONTESTED_ANNOTATION, ROLLBACK_REQUESTED_AT_ANNOTATION]
+            .map(|annotation| json!({ "annotations": { annotation: "true" } }));
+
+        for harmless in
+            [json!({ "annotations": { "team": "shop" } }), json!({ "labels": { "team": "shop" } })]
+        {
+            let said = refusal(harmless).await?;
+            ensure!(said.is_none(), "{said:?}");
+        }
+        for order in &orders {
+            ensure_asked_to_scale(refusal(order.clone()).await?, writer, own)?;
+        }
+        writer.grant(own, "apps", "statefulsets/scale", &["patch"]).await?;
+        for order in &orders {
+            ensure_asked_to_delete_claims(refusal(order.clone()).await?, writer, own)?;
+        }
+        writer.grant(own, "", "persistentvolumeclaims", &["delete"]).await?;
+        for order in orders {
+            let said = refusal(order).await?;
+            ensure!(said.is_none(), "{said:?}");
+        }
+        Ok(())
+    })
+    .await
+}
+
+/// Claims are given the volumes that the status names.
+#[tokio::test]
+#[ignore = "needs clusters: cargo e2e test"]
+async fn the_status_of_a_restore_is_admitted_only_of_who_may_patch_volumes() -> Result<()> {
+    with_writer(async |writer, own, _| {
+        own.api().create(&PostParams::default(), &restore(None)).await?;
+        writer.grant(own, GROUP, "statefulsetrestores/status", &["patch"]).await?;
+        // All that the writer of a restore is asked for is not enough.
+        writer.grant(own, "apps", "statefulsets/scale", &["patch"]).await?;
+        writer.grant(own, "", "persistentvolumeclaims", &["delete"]).await?;
+        let restores: Api<StatefulSetRestore> = Api::namespaced(writer.client(), own.name());
+        let swap = json!({ "swap": {
+            "step": "Swapping", "stepSince": "2026-01-02T03:04:05.000000Z", "toward": "Restored",
+            "statefulSetUid": "any", "replicas": 1, "replicasMeanwhile": 0, "volumes": [],
+        } });
+        let refusal = async |status: &Value| {
+            let patch = Patch::Merge(json!({ "status": status }));
+            refused(restores.patch_status("back", &patch_params(), &patch).await, &status.to_string())
+        };
+
+        let statuses = [swap, json!({ "rollbackUntil": "2126-01-02T03:04:05Z" })];
+        for status in &statuses {
+            let said = refusal(status).await?.with_context(|| format!("{status} was admitted"))?;
+            ensure!(said.contains(&format!("{} may not patch persistentvolumes", writer.name())), "{said}");
+        }
+        writer.grant_everywhere(own, "", "persistentvolumes", &["patch"]).await?;
+        for status in &statuses {
+            let said = refusal(status).await?;
+            ensure!(said.is_none(), "{said:?}");
+        }
         Ok(())
     })
     .await

@@ -53,15 +53,21 @@ async fn the_agent_is_granted_exactly_what_it_uses() -> Result<()> {
     }
     let expected = [
         "ClusterRole backup.sts-backup.io/statefulsetbackups get,list,watch,create,patch,delete",
+        "ClusterRole backup.sts-backup.io/statefulsetrestores get,list,watch,patch",
         "ClusterRole backup.sts-backup.io/statefulsetbackuppolicies list,watch",
-        "ClusterRole backup.sts-backup.io/statefulsetbackups/status,statefulsetbackuppolicies/status patch",
+        "ClusterRole backup.sts-backup.io/statefulsetbackups/status,statefulsetrestores/status,statefulsetbackuppolicies/status patch",
         "ClusterRole apps/statefulsets get,list,watch",
-        "ClusterRole /pods,persistentvolumeclaims get,list",
-        "ClusterRole /persistentvolumes get",
+        "ClusterRole apps/statefulsets/scale patch",
+        "ClusterRole /pods get,list,watch,delete",
+        "ClusterRole /persistentvolumeclaims get,list,watch,create,delete",
+        "ClusterRole /persistentvolumes get,list,watch,patch",
+        "ClusterRole /resourcequotas,nodes list",
+        "ClusterRole storage.k8s.io/storageclasses list",
+        "ClusterRole autoscaling/horizontalpodautoscalers list",
         "ClusterRole /namespaces get,list,watch",
         "ClusterRole /pods/exec get,create",
         "ClusterRole snapshot.storage.k8s.io/volumesnapshots get,list,watch,create,delete",
-        "ClusterRole snapshot.storage.k8s.io/volumesnapshotcontents get",
+        "ClusterRole snapshot.storage.k8s.io/volumesnapshotcontents get,list,watch",
         "ClusterRole snapshot.storage.k8s.io/volumesnapshotclasses list",
         "ClusterRole events.k8s.io/events create",
         "Role coordination.k8s.io/leases=sts-backup-agent get,update",
@@ -130,7 +136,7 @@ async fn crds_stay_when_the_chart_is_uninstalled() -> Result<()> {
 
 #[tokio::test]
 #[ignore = "needs helm: cargo e2e test"]
-async fn who_writes_hooks_is_asked_for_exec_unless_the_policies_are_not_wanted() -> Result<()> {
+async fn who_writes_what_the_agent_acts_by_is_asked_unless_the_policies_are_not_wanted() -> Result<()> {
     let judged = async |values: Value| -> Result<Vec<String>> {
         let objects = objects(&values).await?;
         let of_kind = |kind: &'static str| objects.iter().filter(move |object| object["kind"] == kind);
@@ -149,9 +155,11 @@ async fn who_writes_hooks_is_asked_for_exec_unless_the_policies_are_not_wanted()
         Ok(judged)
     };
     let (backups, policies) = ("statefulsetbackups CREATE,UPDATE", "statefulsetbackuppolicies CREATE,UPDATE");
+    let (restores, restore_status) =
+        ("statefulsetrestores CREATE,UPDATE", "statefulsetrestores/status UPDATE");
     let status = "statefulsetbackups/status UPDATE";
     let by_default = judged(json!({})).await?;
-    ensure!(by_default == [backups, status, policies], "{by_default:?}");
+    ensure!(by_default == [backups, status, policies, restores, restore_status], "{by_default:?}");
     let without_hooks = judged(json!({ "hooks": { "enabled": false } })).await?;
     ensure!(without_hooks == by_default, "{without_hooks:?}");
     let unwanted = judged(json!({ "admissionPolicy": { "create": false } })).await?;

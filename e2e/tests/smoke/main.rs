@@ -19,8 +19,13 @@ mod grants;
 mod hooks;
 mod lifecycle;
 mod plugin;
+mod plugin_doctor;
+mod plugin_points;
 mod policies;
 mod proxy;
+mod restores;
+mod restores_guards;
+mod restores_refused;
 mod retention;
 mod schedules;
 mod snapshots;
@@ -28,7 +33,7 @@ mod topology;
 
 use anyhow::Result;
 use sts_backup_e2e::kit::class::create_snapshot_class;
-use sts_backup_e2e::kit::{App, Cluster, Namespace, with_temp_namespace};
+use sts_backup_e2e::kit::{App, Cluster, Namespace, RestoreDrill, with_temp_namespace};
 
 /// An application `app` of one pod, and a snapshot class of the test driver with faults.
 async fn with_app(
@@ -42,6 +47,19 @@ async fn with_app(
         let app = App::new(ns, "app");
         app.deploy().await?;
         test(ns, &app, &class).await
+    })
+    .await
+}
+
+/// An application `app` with a recovery point, which has written on since.
+async fn with_restore_drill(
+    app: impl FnOnce(App) -> App,
+    test: impl AsyncFnOnce(&Namespace, &RestoreDrill) -> Result<()>,
+) -> Result<()> {
+    let cluster = Cluster::connect("stsb-e2e-1").await?;
+    with_temp_namespace(&cluster, "restores", async |ns| {
+        let drill = RestoreDrill::deploy(ns, app(App::new(ns, "app"))).await?;
+        test(ns, &drill).await
     })
     .await
 }

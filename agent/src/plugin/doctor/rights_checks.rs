@@ -12,18 +12,25 @@ use super::{Finding, Read};
 
 /// What the agent does in all namespaces, as its chart grants it: group, resource, verbs. Hooks are apart, as the chart can
 /// leave them out.
-const NEEDED: [(&str, &str, &[&str]); 14] = [
+const NEEDED: [(&str, &str, &[&str]); 21] = [
     ("backup.sts-backup.io", "statefulsetbackups", &["get", "list", "watch", "create", "patch", "delete"]),
     ("backup.sts-backup.io", "statefulsetbackups/status", &["patch"]),
+    ("backup.sts-backup.io", "statefulsetrestores", &["get", "list", "watch", "patch"]),
+    ("backup.sts-backup.io", "statefulsetrestores/status", &["patch"]),
     ("backup.sts-backup.io", "statefulsetbackuppolicies", &["list", "watch"]),
     ("backup.sts-backup.io", "statefulsetbackuppolicies/status", &["patch"]),
     ("apps", "statefulsets", &["get", "list", "watch"]),
-    ("", "pods", &["get", "list"]),
-    ("", "persistentvolumeclaims", &["get", "list"]),
-    ("", "persistentvolumes", &["get"]),
+    ("apps", "statefulsets/scale", &["patch"]),
+    ("", "pods", &["get", "list", "watch", "delete"]),
+    ("", "persistentvolumeclaims", &["get", "list", "watch", "create", "delete"]),
+    ("", "persistentvolumes", &["get", "list", "watch", "patch"]),
+    ("", "resourcequotas", &["list"]),
+    ("", "nodes", &["list"]),
+    ("storage.k8s.io", "storageclasses", &["list"]),
+    ("autoscaling", "horizontalpodautoscalers", &["list"]),
     ("", "namespaces", &["get", "list", "watch"]),
     ("snapshot.storage.k8s.io", "volumesnapshots", &["get", "list", "watch", "create", "delete"]),
-    ("snapshot.storage.k8s.io", "volumesnapshotcontents", &["get"]),
+    ("snapshot.storage.k8s.io", "volumesnapshotcontents", &["get", "list", "watch"]),
     ("snapshot.storage.k8s.io", "volumesnapshotclasses", &["list"]),
     ("events.k8s.io", "events", &["create"]),
     HOOKS,
