@@ -157,7 +157,7 @@ pub(super) fn contested(view: &View<'_>) -> Option<RestoreStep> {
         return None;
     }
     let is_staged = view.unstaged().next().is_none();
-    if is_staged && view.on_others().is_empty() {
+    if is_staged && view.on_others().is_empty() && !set.deletes_claims {
         // Whatever pod comes finds the wanted volumes: that is where we were going.
         return (swap.step != SwapStep::Swapping).then(|| RestoreStep::Record(view.at(SwapStep::Swapping)));
     }
@@ -211,10 +211,14 @@ pub(super) fn swapping(view: &View<'_>) -> RestoreStep {
         return step;
     }
     let others = view.on_others();
-    if !others.is_empty()
-        && let Some(step) = contested(view)
-    {
-        return step;
+    if !others.is_empty() {
+        if view.set().is_some() && view.swap.generation.is_none() {
+            // It was created again in the middle.
+            return RestoreStep::Record(view.at(SwapStep::ScalingDown));
+        }
+        if let Some(step) = contested(view) {
+            return step;
+        }
     }
     if let Some(step) = view.disarm() {
         return step;
@@ -228,7 +232,7 @@ pub(super) fn swapping(view: &View<'_>) -> RestoreStep {
     }
     let going: Vec<_> = others.into_iter().filter(|(_, claim)| !claim.ending).collect();
     if !going.is_empty() {
-        return guarded(view, &going).unwrap_or_else(|step| step);
+        return delete_claims(view, &going);
     }
     let missing =
         view.swap.volumes.iter().filter(|volume| view.claim(volume).is_none() && view.is_armed(volume));
@@ -266,7 +270,7 @@ fn keep_foreign(view: &View<'_>) -> Option<RestoreStep> {
 }
 
 /// Deletes claims all at once, or says what that waits for.
-fn guarded(view: &View<'_>, going: &[(&SwapVolume, &ClaimFacts)]) -> Result<RestoreStep, RestoreStep> {
+fn delete_claims(view: &View<'_>, going: &[(&SwapVolume, &ClaimFacts)]) -> RestoreStep {
     // On others are also claims whose volume is reserved already; only these may go.
     let is_ready = |volume: &SwapVolume| {
         view.is_armed(volume) || view.target(volume).is_some_and(|pv| view.has(volume, pv))
@@ -281,27 +285,20 @@ fn guarded(view: &View<'_>, going: &[(&SwapVolume, &ClaimFacts)]) -> Result<Rest
     let look_again = Some(later(view.now, LOOK_AGAIN));
     if !unready.is_empty() {
         let message = format!("volumes are being reserved for {}", unready.join(", "));
-        return Err(RestoreStep::wait("Reserving", message, look_again));
+        return RestoreStep::wait("Reserving", message, look_again);
     }
-    let pods = view.pods_in_the_way();
-    if !pods.is_empty() {
-        let message = format!("pods name the claims that are to be exchanged: {}", names(&pods));
-        let deadline = view.deadline(view.facts.restore.spec.pvc_deletion_timeout());
-        if view.swap.toward == Toward::Restored && view.is_untouched() && view.now >= deadline {
-            return Err(view.give_up("PodsStayed", &message));
-        }
-        let soon = later(view.now, PATIENCE);
-        return Err(RestoreStep::wait("PodsGoing", message, Some(soon)));
+    if let Some(step) = pods_gone(view) {
+        return step;
     }
     if view.set().is_some_and(|set| set.observed_generation < set.generation) {
         let message = format!("the controller of {} has not seen its scale yet", view.facts.set_name());
-        return Err(RestoreStep::wait("ScalingDown", message, look_again));
+        return RestoreStep::wait("ScalingDown", message, look_again);
     }
     let writes: Vec<_> = going
         .iter()
         .map(|(volume, claim)| Write::DeleteClaim { name: volume.claim.clone(), uid: claim.uid.clone() })
         .collect();
-    Ok(RestoreStep::Do { work: Work::DeleteClaims, writes })
+    RestoreStep::Do { work: Work::DeleteClaims, writes }
 }
 
 /// What claims are waiting for.
@@ -348,9 +345,9 @@ pub(super) fn scaling_up(view: &View<'_>) -> RestoreStep {
     let Some(generation) = swap.generation else {
         if !view.all_bound() {
             // Before the order to come back no pod may find a claim without its volume.
-            return RestoreStep::Record(view.at(SwapStep::Swapping));
+            return RestoreStep::Record(view.at(SwapStep::ScalingDown));
         }
-        if set.replicas < swap.replicas {
+        if set.replicas < swap.replicas && swap.down_since.is_some() {
             return View::scale(set, Work::ScaleUp, swap.replicas);
         }
         // From here on its replicas are its user's business again.

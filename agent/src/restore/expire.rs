@@ -172,3 +172,104 @@ pub(super) fn expiry(volume: &VolumeFacts, now: Timestamp) -> Expiry {
         _ => Expiry::Later(None),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at(second: i64) -> Timestamp {
+        Timestamp::from_second(second).unwrap()
+    }
+
+    /// A volume that expires at 100, in this phase.
+    fn volume(phase: &str, change: impl FnOnce(&mut Value)) -> VolumeFacts {
+        let mut object = json!({
+            "metadata": {
+                "name": "pv", "uid": "uid", "resourceVersion": "7",
+                "labels": { RESTORE_LABEL: "restore" },
+                "annotations": {
+                    EXPIRES_AT_ANNOTATION: at(100).to_string(),
+                    RECLAIM_POLICY_ANNOTATION: "Delete",
+                    FOR_CLAIM_ANNOTATION: "shop/data-db-0",
+                    "pv.kubernetes.io/provisioned-by": "csi",
+                },
+            },
+            "spec": {
+                "persistentVolumeReclaimPolicy": "Retain",
+                "csi": { "driver": "csi", "volumeHandle": "1" },
+                "claimRef": { "namespace": "shop", "name": "data-db-0", "uid": "gone" },
+            },
+            "status": { "phase": phase },
+        });
+        change(&mut object);
+        VolumeFacts::of(&serde_json::from_value(object).unwrap())
+    }
+
+    fn due(volume: &VolumeFacts, now: i64) -> Option<(Due, Value)> {
+        match expiry(volume, at(now)) {
+            Expiry::Write { why, patch } => Some((why, patch)),
+            Expiry::Later(_) | Expiry::Never => None,
+        }
+    }
+
+    #[test]
+    fn a_released_volume_is_deleted_when_its_time_has_come_and_not_before() {
+        let released = volume("Released", |_| ());
+        assert_eq!(expiry(&released, at(99)), Expiry::Later(Some(at(100))));
+        let (why, patch) = due(&released, 100).unwrap();
+        assert_eq!(why, Due::Deleted);
+        let expected = json!({
+            "metadata": { "uid": "uid", "resourceVersion": "7" },
+            "spec": { "persistentVolumeReclaimPolicy": "Delete" },
+        });
+        assert_eq!(patch, expected);
+        // The controller of volumes has not seen that yet.
+        let policy = |object: &mut Value| object["spec"]["persistentVolumeReclaimPolicy"] = json!("Delete");
+        assert_eq!(expiry(&volume("Released", policy), at(100)), Expiry::Later(None));
+    }
+
+    #[test]
+    fn a_volume_that_a_claim_has_stays() {
+        assert_eq!(expiry(&volume("Bound", |_| ()), at(100)), Expiry::Later(None));
+    }
+
+    #[test]
+    fn a_volume_that_waits_for_a_claim_is_let_go_of_first() {
+        let (why, patch) = due(&volume("Available", |_| ()), 100).unwrap();
+        assert_eq!(why, Due::Disarmed);
+        assert!(patch["spec"]["claimRef"]["uid"].is_string(), "{patch}");
+        assert_eq!(patch["spec"]["persistentVolumeReclaimPolicy"], Value::Null);
+    }
+
+    #[test]
+    fn what_is_not_ours_to_delete_is_given_back() {
+        let was_retain = |object: &mut Value| {
+            object["metadata"]["annotations"][RECLAIM_POLICY_ANNOTATION] = json!("Retain");
+        };
+        let is_static = |object: &mut Value| {
+            object["metadata"]["annotations"]["pv.kubernetes.io/provisioned-by"] = Value::Null;
+        };
+        let by_another = |object: &mut Value| {
+            object["metadata"]["annotations"]["pv.kubernetes.io/provisioned-by"] = json!("another");
+        };
+        let no_csi = |object: &mut Value| object["spec"]["csi"] = Value::Null;
+        for change in [was_retain as fn(&mut Value), is_static, by_another, no_csi] {
+            let (why, patch) = due(&volume("Released", change), 100).unwrap();
+            assert_eq!(why, Due::GivenBack);
+            assert_eq!(patch["spec"], json!({}));
+            assert_eq!(patch["metadata"]["labels"], json!({ RESTORE_LABEL: null }));
+        }
+    }
+
+    #[test]
+    fn a_volume_without_a_label_or_a_time_stays_for_ever() {
+        let unlabelled = |object: &mut Value| object["metadata"]["labels"] = json!({});
+        let unmarked =
+            |object: &mut Value| object["metadata"]["annotations"][EXPIRES_AT_ANNOTATION] = Value::Null;
+        let garbled =
+            |object: &mut Value| object["metadata"]["annotations"][EXPIRES_AT_ANNOTATION] = json!("never");
+        for change in [unlabelled as fn(&mut Value), unmarked, garbled] {
+            assert_eq!(expiry(&volume("Released", change), at(100)), Expiry::Never);
+        }
+    }
+}

@@ -67,7 +67,8 @@ impl RestoreFacts {
     /// A request to bring the old volumes back that is not handled yet, as the status keeps it.
     pub(super) fn rollback_request(&self) -> Option<String> {
         let request = self.restore.annotations().get(ROLLBACK_REQUESTED_AT_ANNOTATION)?;
-        Some(request_key(request)).filter(|request| Some(request) != self.status.last_rollback_request.as_ref())
+        Some(request_key(request))
+            .filter(|request| Some(request) != self.status.last_rollback_request.as_ref())
     }
 
     /// The swap under way.
@@ -219,6 +220,7 @@ pub(super) struct ClaimFacts {
     pub(super) phase: String,
     /// The volume that it has, or asks for.
     pub(super) volume: Option<String>,
+    /// It is being deleted, or goes with its pod.
     pub(super) ending: bool,
     pub(super) finalizers: Vec<String>,
     /// The restore whose label it has.
@@ -228,11 +230,13 @@ pub(super) struct ClaimFacts {
 impl ClaimFacts {
     pub(super) fn of(claim: &PersistentVolumeClaim) -> Self {
         let volume = claim.spec.as_ref().and_then(|spec| spec.volume_name.clone());
+        // As the controller of StatefulSets has it with whenScaled: Delete, before it deletes the pod.
+        let goes_with_pod = claim.owner_references().iter().any(|owner| owner.kind == "Pod");
         Self {
             uid: claim.uid().unwrap_or_default(),
             phase: claim.status.as_ref().and_then(|status| status.phase.clone()).unwrap_or_default(),
             volume: volume.filter(|volume| !volume.is_empty()),
-            ending: claim.metadata.deletion_timestamp.is_some(),
+            ending: claim.metadata.deletion_timestamp.is_some() || goes_with_pod,
             finalizers: claim.finalizers().to_vec(),
             restore: claim.labels().get(RESTORE_LABEL).cloned(),
         }

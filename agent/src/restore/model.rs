@@ -13,7 +13,9 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use sts_backup_api::names::{RESTORE_FINALIZER, RESTORE_LABEL};
-use sts_backup_api::restore::{OnFailure, RestorePhase, RestorePlan, StatefulSetRestore, StatefulSetRestoreSpec};
+use sts_backup_api::restore::{
+    OnFailure, RestorePhase, RestorePlan, StatefulSetRestore, StatefulSetRestoreSpec,
+};
 use sts_backup_api::swap::{Swap, SwapPv, SwapStep, SwapVolume, Toward};
 
 use super::decide::{RestoreStep, Work, Write, after_refusal, next_restore_step};
@@ -31,6 +33,7 @@ const NAMESPACE: &str = "shop";
 
 /// What a restore is of, and in what cluster.
 #[derive(Clone, Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "they are independent of each other")]
 pub(super) struct Setting {
     pub(super) parallel: bool,
     /// `persistentVolumeClaimRetentionPolicy.whenScaled: Delete`.
@@ -83,8 +86,6 @@ pub(super) struct Cluster {
     pub(super) snapshots: BTreeSet<String>,
     /// The storage's volumes by handle.
     pub(super) storage: BTreeMap<String, Data>,
-    /// Claims that go with their pods.
-    condemned: BTreeSet<String>,
     /// The provisioner makes nothing.
     pub(super) is_storage_down: bool,
     /// How many claims may be created from now on.
@@ -97,7 +98,7 @@ pub(super) struct Cluster {
     pending: Vec<Write>,
     work: Option<Work>,
     /// Writes of an agent that has died, still on their way.
-    pub(super) late: Vec<Write>,
+    late: Vec<Write>,
     /// Storage volumes that pods wrote to while others had older or newer data.
     tainted: BTreeSet<String>,
     /// Volumes that were wanted once.
@@ -174,7 +175,6 @@ impl Cluster {
             volumes: BTreeMap::new(),
             snapshots: BTreeSet::new(),
             storage: BTreeMap::new(),
-            condemned: BTreeSet::new(),
             is_storage_down: false,
             quota: usize::MAX,
             is_new_broken: false,
@@ -313,29 +313,31 @@ impl Cluster {
     /// One write of the agent, or one decision; false: it waits. In the second case until then.
     pub(super) fn agent(&mut self) -> (bool, Option<Timestamp>) {
         if let Some(write) = self.pending.pop() {
-            if let Err(words) = self.write(&write) {
+            if let Err(words) = self.write(&write, false) {
                 let work = self.work.unwrap();
                 self.pending.clear();
                 let Some(facts) = self.facts() else { return (false, None) };
                 let step = after_refusal(&facts, work, &words, self.now);
                 self.write_status(&facts, &step);
-                return match step {
-                    RestoreStep::Wait { until, .. } => (false, until),
-                    _ => (true, None),
-                };
+                if let RestoreStep::Wait { until, .. } = step {
+                    return (false, until);
+                }
+                return (true, None);
             }
             return (true, None);
         }
         let Some(facts) = self.facts() else { return (false, None) };
         let step = next_restore_step(&facts, self.now);
-        let said = match &step {
-            RestoreStep::Record(swap) | RestoreStep::RollBack(swap) => {
-                format!("{:?} {:?} {:?}", swap.step, swap.toward, swap.failure)
-            }
-            RestoreStep::Begin { .. } => "Begin".to_owned(),
-            step => format!("{step:?}"),
+        let said = if let RestoreStep::Record(swap) | RestoreStep::RollBack(swap) = &step {
+            format!("{:?} {:?} {:?}", swap.step, swap.toward, swap.failure)
+        } else if let RestoreStep::Begin { .. } = &step {
+            "Begin".to_owned()
+        } else if let RestoreStep::Wait { why, .. } = &step {
+            format!("waits: {} {}", why.reason, why.message)
+        } else {
+            format!("{step:?}")
         };
-        if !matches!(step, RestoreStep::Idle) {
+        if !matches!(step, RestoreStep::Idle) && self.log.last() != Some(&said) {
             self.say(said);
         }
         match step {
@@ -381,10 +383,18 @@ impl Cluster {
     pub(super) fn crash(&mut self, are_late: bool) {
         let pending = std::mem::take(&mut self.pending);
         self.say(format!("crash, {} writes lost", pending.len()));
-        // What only asks for volumes or keeps them could come after all is over, and is then left to a person.
-        if are_late && !matches!(self.work, Some(Work::Stage | Work::Keep)) {
+        // What asks for volumes, keeps them or lets them go at the end is not: as each carries the resource version that it
+        // was decided on, it can only harm volumes that nobody has touched since.
+        if are_late && !matches!(self.work, Some(Work::Stage | Work::Keep | Work::Release)) {
             self.late.extend(pending);
         }
+    }
+
+    /// A write of an agent that has died arrives; false: there is none.
+    pub(super) fn arrive(&mut self) -> bool {
+        let Some(write) = self.late.pop() else { return false };
+        let _ = self.write(&write, true);
+        true
     }
 
     pub(super) fn collect_restore(&mut self) {
@@ -397,7 +407,7 @@ impl Cluster {
     }
 
     /// What the API server does with a write; in its words if it refuses it for good.
-    pub(super) fn write(&mut self, write: &Write) -> Result<(), String> {
+    fn write(&mut self, write: &Write, is_late: bool) -> Result<(), String> {
         self.writes += 1;
         match write {
             Write::Volume { name, uid, resource_version, change } => {
@@ -433,7 +443,7 @@ impl Cluster {
                 };
                 let is_staged = claim.labels().contains_key(RESTORE_LABEL);
                 if !is_staged {
-                    self.check_deletion(name);
+                    self.check_deletion(name, is_late);
                 }
                 self.say(format!("delete claim {name}"));
                 self.end_claim(name);
@@ -514,7 +524,8 @@ impl Cluster {
         for ordinal in 0..replicas {
             let name = format!("db-{ordinal}");
             if let Some(pod) = self.pods.get(&name) {
-                if !self.setting.parallel && !(is_ready(pod) && pod.metadata.deletion_timestamp.is_none()) {
+                let is_well = is_ready(pod) && pod.metadata.deletion_timestamp.is_none();
+                if !self.setting.parallel && !is_well {
                     return false;
                 }
                 continue;
@@ -528,12 +539,14 @@ impl Cluster {
             }
             for claim in &claims {
                 if !self.claims.contains_key(claim) {
+                    if self.is_between_two_volumes(claim) {
+                        return false;
+                    }
                     self.create_claim_of_set(claim);
                     return true;
                 }
                 // They stay now.
-                let uid = self.claims[claim].uid().unwrap();
-                self.condemned.remove(&uid);
+                self.claims.get_mut(claim).unwrap().metadata.owner_references = None;
             }
             self.create_pod(&name, &claims, &set);
             return true;
@@ -555,14 +568,29 @@ impl Cluster {
                 return false;
             }
             if self.setting.deletes_claims {
-                let uids = names(pod).into_iter().filter_map(|claim| self.claims.get(&claim)?.uid());
-                self.condemned.extend(uids.collect::<Vec<_>>());
+                let owner = json!([{ "apiVersion": "v1", "kind": "Pod", "name": name, "uid": pod.uid() }]);
+                for claim in names(pod) {
+                    let claim = self.claims.get_mut(&claim).unwrap();
+                    claim.metadata.owner_references = serde_json::from_value(owner.clone()).unwrap();
+                }
             }
             self.pods.get_mut(&name).unwrap().metadata.deletion_timestamp = Some(Time(self.now));
             self.say(format!("controller deletes {name}"));
             return true;
         }
         false
+    }
+
+    /// On the way back, a claim that is just missing has no volume waiting for it from when the new one is let go until the
+    /// old one is reserved: as never two may wait for a name, that cannot be helped, and takes some milliseconds. The
+    /// controller is taken to be slower.
+    fn is_between_two_volumes(&self, claim: &str) -> bool {
+        let goes_back = swap_of(self).is_some_and(|(_, toward)| toward == Toward::Previous);
+        let is_one_of_ours =
+            self.verdict.volumes.iter().any(|volume| volume.claim == claim && volume.snapshot.is_some());
+        let mut volumes = self.volumes.values().map(VolumeFacts::of);
+        let is_armed = volumes.any(|volume| volume.is_armed_for(NAMESPACE, claim));
+        self.ended.is_none() && goes_back && is_one_of_ours && !is_armed
     }
 
     fn create_claim_of_set(&mut self, name: &str) {
@@ -647,11 +675,11 @@ impl Cluster {
     pub(super) fn collector(&mut self) -> bool {
         let mut is_done = false;
         for name in self.claims.keys().cloned().collect::<Vec<_>>() {
-            let uid = self.claims[&name].uid().unwrap();
-            let is_named = self.pods.values().any(|pod| names(pod).contains(&name));
-            if self.condemned.contains(&uid) && !is_named {
+            let owner = self.claims[&name].owner_references().first().map(|owner| owner.uid.clone());
+            let is_owner = |owner: &String| self.pods.values().any(|pod| pod.uid().as_ref() == Some(owner));
+            if owner.is_some_and(|owner| !is_owner(&owner)) {
                 self.say(format!("{name} goes with its pod"));
-                self.condemned.remove(&uid);
+                self.claims.get_mut(&name).unwrap().metadata.owner_references = None;
                 self.end_claim(&name);
                 is_done = true;
             }
@@ -789,7 +817,7 @@ impl Cluster {
                 return;
             }
         }
-        panic!("the cluster does not come to rest:\n{}", self.log.join("\n"));
+        unreachable!("the cluster does not come to rest:\n{}", self.log.join("\n"));
     }
 
     /// Everything comes to rest; time passes where somebody waits for it. False: the agent waits for a person.
@@ -820,7 +848,7 @@ impl Cluster {
     // What must always be so.
 
     fn fail(&self, what: &str) -> ! {
-        panic!("{what}\n{}", self.log.join("\n"));
+        unreachable!("{what}\n{}", self.log.join("\n"));
     }
 
     /// At most one volume waits for a name, and the storage loses nothing that is still wanted.
@@ -836,7 +864,7 @@ impl Cluster {
         }
     }
 
-    fn check_deletion(&self, name: &str) {
+    fn check_deletion(&self, name: &str, is_late: bool) {
         let swap = self.restore.as_ref().and_then(|restore| restore.status.as_ref()?.swap.as_ref());
         let Some(volume) = swap.and_then(|swap| swap.volumes.iter().find(|volume| volume.claim == name))
         else {
@@ -848,6 +876,10 @@ impl Cluster {
             && VolumeFacts::of(bound).policy != "Retain"
         {
             self.fail(&format!("{name} is deleted, and its volume with it"));
+        }
+        if is_late {
+            // Whoever leads by now makes it again, with the volume that is wanted by now.
+            return;
         }
         let waits =
             self.volumes.values().map(VolumeFacts::of).find(|volume| volume.is_armed_for(NAMESPACE, name));
@@ -863,7 +895,6 @@ impl Cluster {
 
     /// A pod has only volumes that its claim had or was to have; who writes beside other data is noted.
     fn check_running(&mut self) {
-        let goes_back = swap_of(self).is_some_and(|(_, toward)| toward == Toward::Previous);
         let (mut old, mut new) = (Vec::new(), Vec::new());
         for pod in self.pods.values() {
             if pod.status.as_ref().and_then(|status| status.phase.as_deref()) != Some("Running") {
@@ -881,7 +912,7 @@ impl Cluster {
                         self.fail(&format!("{name} has the data of {claim}"));
                     }
                     // With whenScaled: Delete, a claim that is to keep its volume is gone before that can wait for its name.
-                    Data::Fresh(_) if self.setting.deletes_claims && (is_logs || goes_back) => {}
+                    Data::Fresh(_) if self.setting.deletes_claims && is_logs => {}
                     Data::Fresh(_) if !self.setting.lacks_last && self.restore_began() => {
                         self.fail(&format!("{name} is empty"));
                     }

@@ -160,10 +160,7 @@ async fn create(
 ) -> Result<Performed> {
     let claims: Api<PersistentVolumeClaim> = Api::namespaced(client.clone(), namespace);
     let params = PostParams { dry_run, field_manager: Some(FIELD_MANAGER.to_owned()) };
-    let err = match claims.create(&params, claim).await {
-        Ok(_) => return Ok(Performed::Done),
-        Err(err) => err,
-    };
+    let Err(err) = claims.create(&params, claim).await else { return Ok(Performed::Done) };
     if let kube::Error::Api(status) = &err {
         match status.code {
             409 if status.reason == "AlreadyExists" => return Ok(Performed::Done),
@@ -250,3 +247,7 @@ pub(super) fn scale_patch(uid: &str, resource_version: Option<&str>, replicas: i
     }
     patch
 }
+
+#[cfg(test)]
+#[path = "perform_tests.rs"]
+mod tests;

@@ -44,13 +44,12 @@ fn changed_hands(view: &View<'_>) -> Option<RestoreStep> {
     for volume in &view.swap.volumes {
         let name = format!("PersistentVolumeClaim {}/{}", view.facts.target_namespace(), volume.claim);
         let what = match (&volume.previous, view.claim(volume)) {
-            (None, None) => continue,
             (None, Some(_)) => "appeared",
             (Some(_), None) => "was deleted",
             (Some(previous), Some(claim)) if claim.uid != previous.claim_uid => "was replaced by another one",
             (Some(_), Some(claim)) if claim.ending => "is being deleted",
             (Some(previous), Some(_)) if view.pv(previous).is_none() => "lost its volume",
-            (Some(_), Some(_)) => continue,
+            (None, None) | (Some(_), Some(_)) => continue,
         };
         let message = format!("{name} {what} since the plan was made: create another restore");
         return Some(view.give_up("ClaimChanged", &message));
@@ -80,9 +79,9 @@ pub(super) fn staging(view: &View<'_>) -> RestoreStep {
     if !gone.is_empty() {
         return volumes_gone(view, &gone);
     }
-    let staged = match staged(view) {
-        Ok(staged) => staged,
-        Err(step) => return step,
+    let waiting = match staged(view) {
+        Ok(waiting) => waiting,
+        Err(step) => return *step,
     };
     let unstage: Vec<_> = view
         .swap
@@ -98,16 +97,13 @@ pub(super) fn staging(view: &View<'_>) -> RestoreStep {
         return step;
     }
     let deadline = view.deadline(view.facts.restore.spec.provision_timeout());
-    if staged.waiting.is_empty()
-        && unstage.is_empty()
-        && view.swap.volumes.iter().all(|v| is_released(view, v))
-    {
+    if waiting.is_empty() && unstage.is_empty() && view.swap.volumes.iter().all(|v| is_released(view, v)) {
         return RestoreStep::Record(view.at(SwapStep::ScalingDown));
     }
-    let message = if staged.waiting.is_empty() {
+    let message = if waiting.is_empty() {
         "the claims by which the new volumes were made are going".to_owned()
     } else {
-        format!("volumes are being made for {}", staged.waiting.join(", "))
+        format!("volumes are being made for {}", waiting.join(", "))
     };
     if view.now >= deadline {
         let message = format!(
@@ -142,14 +138,8 @@ fn is_released(view: &View<'_>, volume: &SwapVolume) -> bool {
     restored.is_none_or(|found| found.is_free() || found.is_for(view.facts.target_namespace(), &volume.claim))
 }
 
-/// How far the making of new volumes is.
-struct Staged {
-    /// The claims of the application whose volumes are not made yet.
-    waiting: Vec<String>,
-}
-
-/// Asks for volumes, and notes those that are made; or says how far it is.
-fn staged(view: &View<'_>) -> Result<Staged, RestoreStep> {
+/// Asks for volumes, and notes those that are made; or says which claims still wait for theirs.
+fn staged(view: &View<'_>) -> Result<Vec<String>, Box<RestoreStep>> {
     let mut swap = view.swap.clone();
     let (mut wanted, mut waiting, mut found_some) = (Vec::new(), Vec::new(), false);
     for (at, volume) in view.swap.volumes.iter().enumerate() {
@@ -163,13 +153,13 @@ fn staged(view: &View<'_>) -> Result<Staged, RestoreStep> {
             let message = format!(
                 "PersistentVolumeClaim {name} is not of this restore: delete it, and create another restore"
             );
-            return Err(view.give_up("NameTaken", &message));
+            return Err(Box::new(view.give_up("NameTaken", &message)));
         }
         let made = staged.as_ref().filter(|(_, claim)| claim.is_bound());
         let made = made.and_then(|(_, claim)| Some((claim, view.world.volumes.get(claim.volume.as_ref()?)?)));
         if let Some((claim, pv)) = made {
             if let Some(unfit) = unfit(view, volume, pv) {
-                return Err(view.give_up("VolumeUnfit", &unfit));
+                return Err(Box::new(view.give_up("VolumeUnfit", &unfit)));
             }
             let policy = volume.previous.as_ref().map_or(&pv.policy, |previous| &previous.reclaim_policy);
             swap.volumes[at].restored = Some(SwapPv {
@@ -182,32 +172,34 @@ fn staged(view: &View<'_>) -> Result<Staged, RestoreStep> {
             found_some = true;
             continue;
         }
-        check_snapshot(view, volume)?;
+        if let Some(step) = lost_snapshot(view, volume) {
+            return Err(Box::new(step));
+        }
         if staged.is_none() {
             wanted.push(Write::CreateClaim(Box::new(staged_claim(view.facts.uid(), volume))));
         }
         waiting.push(volume.claim.clone());
     }
     if let Some(step) = View::work(Work::Stage, wanted) {
-        return Err(step);
+        return Err(Box::new(step));
     }
     if found_some {
-        return Err(RestoreStep::Record(swap));
+        return Err(Box::new(RestoreStep::Record(swap)));
     }
-    Ok(Staged { waiting })
+    Ok(waiting)
 }
 
 /// A claim whose snapshot is gone would wait for ever.
-fn check_snapshot(view: &View<'_>, volume: &SwapVolume) -> Result<(), RestoreStep> {
-    let (Some(snapshot), Some(usable)) = (&volume.snapshot, &view.world.snapshots) else { return Ok(()) };
+fn lost_snapshot(view: &View<'_>, volume: &SwapVolume) -> Option<RestoreStep> {
+    let (Some(snapshot), Some(usable)) = (&volume.snapshot, &view.world.snapshots) else { return None };
     if usable.contains(snapshot) {
-        return Ok(());
+        return None;
     }
     let namespace = view.facts.target_namespace();
     let message = format!(
         "VolumeSnapshot {namespace}/{snapshot} or its content is gone: restore another recovery point"
     );
-    Err(view.give_up("SnapshotGone", &message))
+    Some(view.give_up("SnapshotGone", &message))
 }
 
 /// Why a new volume cannot stand in for the old one.

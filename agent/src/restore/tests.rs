@@ -205,9 +205,7 @@ fn happen(cluster: &mut Cluster, happening: Happening) {
         }
         Happening::Crash(are_late) => cluster.crash(are_late),
         Happening::Late => {
-            if let Some(write) = cluster.late.pop() {
-                let _ = cluster.write(&write);
-            }
+            cluster.arrive();
         }
         Happening::StatefulSets => {
             cluster.stateful_set_controller();
@@ -230,7 +228,8 @@ fn happen(cluster: &mut Cluster, happening: Happening) {
             cluster.log.push(format!("somebody scales to {replicas}"));
         }
         Happening::EditTemplate => {
-            cluster.change_set(&json!({ "spec": { "template": { "metadata": { "labels": { "a": "b" } } } } }));
+            cluster
+                .change_set(&json!({ "spec": { "template": { "metadata": { "labels": { "a": "b" } } } } }));
         }
         Happening::RequestRollback => request_rollback(cluster),
         Happening::Delete => delete(cluster),
@@ -273,9 +272,7 @@ proptest! {
             happen(&mut cluster, happening);
         }
         // A quiet world.
-        while let Some(write) = cluster.late.pop() {
-            let _ = cluster.write(&write);
-        }
+        while cluster.arrive() {}
         cluster.is_storage_down = false;
         cluster.is_new_broken = false;
         cluster.is_all_broken = false;

@@ -37,10 +37,10 @@ pub(super) fn stateful_set_changes(
     let sets: Api<PartialObjectMeta<StatefulSet>> = Api::all(client);
     let changes = watcher(sets, WatcherConfig::default()).default_backoff().touched_objects();
     changes.filter_map(|set| ready(set.ok())).flat_map(move |set| {
-        let changed = (set.namespace().unwrap_or_default(), set.name_any());
+        let name = (set.namespace().unwrap_or_default(), set.name_any());
         let is_concerned = |restore: &Arc<StatefulSetRestore>| {
             let has_ended = restore.status.as_ref().is_some_and(|status| status.completion_time.is_some());
-            !has_ended && set_name(restore) == changed
+            !has_ended && set_name(restore) == name
         };
         let concerned = store.state().into_iter().filter(is_concerned);
         stream::iter(concerned.map(|restore| ObjectRef::from_obj(&*restore)).collect::<Vec<_>>())

@@ -62,7 +62,8 @@ impl<'a> View<'a> {
     /// The order to scale down was given, or was not needed: from then on pods may be down.
     pub(super) fn is_down(&self) -> bool {
         let Swap { generation, down_since, contests, step, .. } = self.swap;
-        generation.is_some() || down_since.is_some() || *contests > 0 || matches!(step, SwapStep::Swapping)
+        let was_ordered = generation.is_some() || down_since.is_some() || *contests > 0;
+        was_ordered || matches!(step, SwapStep::Swapping | SwapStep::ScalingUp | SwapStep::Releasing)
     }
 
     /// Every claim is the one that it was before the restore.
