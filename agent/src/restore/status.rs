@@ -1,5 +1,7 @@
 //! Turns facts and the decided step into the status that users see, and into Events. Pure.
 
+use std::time::Duration;
+
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{MicroTime, Time};
 use sts_backup_api::conditions::{self, NAMESPACE_NOT_GRANTED, PROGRESSING};
@@ -219,7 +221,7 @@ fn ended(facts: &RestoreFacts, outcome: Outcome, swap: &Swap) -> (&'static str, 
     let why = why.unwrap_or_default();
     match outcome {
         Outcome::Completed => {
-            let window = SignedDuration::try_from(facts.restore.spec.rollback_window.0);
+            let window = SignedDuration::try_from(Duration::from(facts.restore.spec.rollback_window));
             let window = window.unwrap_or(SignedDuration::MAX);
             let message =
                 format!("{why}the application has the restored data; its old volumes stay for {window:#}");
