@@ -184,7 +184,7 @@ fn no_point_goes_while_a_restore_may_be_reading_it() {
     facts.spec.retention_policy = Some(RetentionPolicy { keep_last: Some(1), ..RetentionPolicy::default() });
     facts.snapshots = Some(vec![point("old", "2026-03-01T13:00:00Z"), point("new", "2026-03-01T14:00:00Z")]);
     let next = |facts: &BackupFacts| next_backup_step(facts, at("2026-03-01T15:00:00Z"));
-    let BackupStep::Prune(pruned) = next(&facts) else { panic!("{:?}", next(&facts)) };
+    let BackupStep::Prune(pruned) = next(&facts) else { unreachable!("{:?}", next(&facts)) };
     assert_eq!(pruned.point.as_str(), "old");
 
     facts.busy_with = Some("StatefulSetRestore shop/back".to_owned());

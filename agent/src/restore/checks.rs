@@ -24,6 +24,10 @@ const GITOPS: [(&str, &str); 4] = [
     ("helm.toolkit.fluxcd.io/name", "the Flux HelmRelease"),
 ];
 
+/// Argo CD's field manager: before version 3 it marks nothing that charts do not write as well.
+/// <https://argo-cd.readthedocs.io/en/stable/operator-manual/upgrading/2.14-3.0/>
+const ARGO_CD: &str = "argocd-controller";
+
 /// On an autoscaler that KEDA made.
 const KEDA_LABEL: &str = "scaledobject.keda.sh/name";
 
@@ -78,6 +82,11 @@ pub(super) fn contested(restore: &StatefulSetRestore, ground: &Ground<'_>, findi
         if let Some(name) = found {
             rivals.push(format!("{whose} {name}, which applies it"));
         }
+    }
+    let managers =
+        || ground.set.metadata.managed_fields.iter().flatten().filter_map(|by| by.manager.as_deref());
+    if rivals.is_empty() && managers().any(|manager| manager == ARGO_CD) {
+        rivals.push("Argo CD, which applies it".to_owned());
     }
     for autoscaler in ground.survey.autoscalers.iter().filter(|autoscaler| targets(autoscaler, set)) {
         let name = autoscaler.name_any();

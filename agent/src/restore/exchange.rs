@@ -13,7 +13,7 @@ use sts_backup_api::swap::{Swap, SwapStep, SwapVolume, Toward};
 use super::claims::final_claim;
 use super::decide::{CONTESTED, LOOK_AGAIN, PODS_NOT_READY, RestoreStep, VolumeChange, Work, Write, later};
 use super::facts::{ClaimFacts, PodFacts, SetFacts};
-use super::prepare::volumes_gone;
+use super::prepare::{scaled_meanwhile, volumes_gone};
 use super::view::View;
 
 /// How long an order to scale down may be without effect on pods that are not ready: the controller of a `StatefulSet`
@@ -87,6 +87,10 @@ fn ordered(view: &View<'_>, set: &SetFacts) -> Option<RestoreStep> {
         return Some(step);
     }
     if swap.down_since.is_none() {
+        let is_first = swap.toward == Toward::Restored && swap.contests == 0;
+        if let Some(step) = scaled_meanwhile(view, set).filter(|_| is_first) {
+            return Some(step);
+        }
         return Some(RestoreStep::Record(Swap { down_since: Some(MicroTime(view.now)), ..swap.clone() }));
     }
     Some(View::scale(set, Work::ScaleDown, swap.replicas_meanwhile))
@@ -115,8 +119,12 @@ fn pods_gone(view: &View<'_>) -> Option<RestoreStep> {
     }
     let Swap { step_since, down_since, .. } = view.swap;
     let since = down_since.as_ref().map_or(step_since.0, |down| down.0.max(step_since.0));
-    let (patience, deadline) =
-        (later(since, PATIENCE), later(since, view.facts.restore.spec.pvc_deletion_timeout()));
+    // Ordered pods go one after the other.
+    let is_ordered = view.set().is_some_and(|set| set.is_ordered);
+    let going = view.swap.replicas.saturating_sub(view.swap.replicas_meanwhile);
+    let turns = if is_ordered { u32::try_from(going).unwrap_or_default().max(1) } else { 1 };
+    let limit = view.facts.restore.spec.pvc_deletion_timeout().saturating_mul(turns);
+    let (patience, deadline) = (later(since, PATIENCE), later(since, limit));
     let is_late = view.now >= deadline;
     if is_late && view.swap.toward == Toward::Restored && view.is_untouched() {
         let message = format!(
@@ -395,17 +403,21 @@ fn way_back(view: &View<'_>) -> String {
 /// The pods that are not ready yet, among those that went down; or the `StatefulSet`, where it is behind.
 fn unready(view: &View<'_>, set: &SetFacts) -> Vec<String> {
     let end = set.start.saturating_add(set.replicas);
-    let mut ordinals: Vec<_> =
-        view.swap.volumes.iter().map(|volume| volume.ordinal).filter(|at| *at < end).collect();
+    let mut ordinals: Vec<_> = view
+        .swap
+        .volumes
+        .iter()
+        .map(|volume| volume.ordinal)
+        .filter(|at| (set.start..end).contains(at))
+        .collect();
     ordinals.dedup();
     let is_ready = |ordinal: &i32| {
         view.world.pods.iter().any(|pod| pod.ordinal == Some(*ordinal) && pod.ready && !pod.ending)
     };
     ordinals.retain(|ordinal| !is_ready(ordinal));
     let mut late: Vec<_> = ordinals.into_iter().map(|ordinal| format!("{}-{ordinal}", set.name)).collect();
-    let is_behind = set.observed_generation < set.generation || set.ready_replicas < set.replicas;
-    if late.is_empty() && is_behind {
-        late.push(format!("{} of {} of {}", set.replicas - set.ready_replicas, set.replicas, set.name));
+    if late.is_empty() && set.observed_generation < set.generation {
+        late.push(format!("{} as a whole", set.name));
     }
     late
 }

@@ -147,11 +147,12 @@ pub(super) struct SetFacts {
     /// The generation that its controller has seen.
     pub(super) observed_generation: i64,
     pub(super) replicas: i32,
-    pub(super) ready_replicas: i32,
     /// The ordinal of the first replica.
     pub(super) start: i32,
     /// Claims go with their pods when it is scaled down.
     pub(super) deletes_claims: bool,
+    /// Its pods come and go one after the other.
+    pub(super) is_ordered: bool,
 }
 
 impl SetFacts {
@@ -165,8 +166,8 @@ impl SetFacts {
             generation: set.metadata.generation.unwrap_or_default(),
             observed_generation: status.and_then(|status| status.observed_generation).unwrap_or_default(),
             replicas: spec.and_then(|spec| spec.replicas).unwrap_or(1),
-            ready_replicas: status.and_then(|status| status.ready_replicas).unwrap_or_default(),
             start: spec.and_then(|spec| spec.ordinals.as_ref()?.start).unwrap_or_default(),
+            is_ordered: spec.and_then(|spec| spec.pod_management_policy.as_deref()) != Some("Parallel"),
             deletes_claims: retention.and_then(|policy| policy.when_scaled.as_deref()) == Some("Delete"),
         }
     }

@@ -535,7 +535,9 @@ impl Cluster {
         let ready = self.pods.values().filter(|pod| own(pod) && is_ready(pod)).count();
         let known = super::facts::SetFacts::of(&set);
         let ready = i32::try_from(ready).unwrap();
-        if known.observed_generation != generation || known.ready_replicas != ready {
+        if known.observed_generation != generation
+            || set.status.as_ref().and_then(|status| status.ready_replicas).unwrap_or(0) != ready
+        {
             let version = self.fresh();
             let status = json!({ "replicas": 0, "observedGeneration": generation, "readyReplicas": ready });
             let metadata = json!({ "resourceVersion": version.to_string() });

@@ -1,6 +1,8 @@
 //! The steps of a swap beside the running application: before the exchange (protecting, staging), and after it or
 //! instead of it (releasing, abandoning). Pure.
 
+use std::collections::BTreeSet;
+
 use k8s_openapi::api::core::v1::VolumeNodeAffinity;
 use sts_backup_api::names::staged_claim_name;
 use sts_backup_api::run::Failure;
@@ -9,7 +11,7 @@ use sts_backup_api::swap::{Swap, SwapPv, SwapStep, SwapVolume, Toward};
 use super::claims::staged_claim;
 use super::decide::{LOOK_AGAIN, Outcome, RestoreStep, VolumeChange, Work, Write, later};
 use super::exchange;
-use super::facts::{ClaimFacts, VolumeFacts};
+use super::facts::{ClaimFacts, SetFacts, VolumeFacts};
 use super::view::View;
 
 /// Volumes that claims have now are kept from being deleted with their claims.
@@ -39,8 +41,11 @@ pub(super) fn protecting(view: &View<'_>) -> RestoreStep {
     }
 }
 
-/// Gives up where a claim or its volume is not what it was when the plan was made.
+/// Gives up where the `StatefulSet`, a claim or its volume is not what it was when the plan was made.
 fn changed_hands(view: &View<'_>) -> Option<RestoreStep> {
+    if let Some(step) = view.set().and_then(|set| scaled_meanwhile(view, set)) {
+        return Some(step);
+    }
     for volume in &view.swap.volumes {
         let name = format!("PersistentVolumeClaim {}/{}", view.facts.target_namespace(), volume.claim);
         let what = match (&volume.previous, view.claim(volume)) {
@@ -55,6 +60,18 @@ fn changed_hands(view: &View<'_>) -> Option<RestoreStep> {
         return Some(view.give_up("ClaimChanged", &message));
     }
     None
+}
+
+/// Gives up where somebody has scaled the `StatefulSet` since the plan was made, and we have not: the plan says nothing of the
+/// claims of replicas that came since.
+pub(super) fn scaled_meanwhile(view: &View<'_>, set: &SetFacts) -> Option<RestoreStep> {
+    let message = format!(
+        "{} had {} replicas when the plan was made, and has {} now: create another restore",
+        view.facts.set_name(),
+        view.swap.replicas,
+        set.replicas
+    );
+    (set.replicas != view.swap.replicas).then(|| view.give_up("StatefulSetChanged", &message))
 }
 
 /// New volumes are made from the snapshots.
@@ -288,7 +305,14 @@ pub(super) fn releasing(view: &View<'_>) -> RestoreStep {
 /// Takes back what was asked for and is not needed any more.
 fn unstaged(view: &View<'_>) -> Option<RestoreStep> {
     let ours = Some(view.facts.uid());
-    let staged = || view.world.claims.iter().filter(|(_, claim)| claim.restore.as_deref() == ours);
+    // By their names: a label can be put on any claim.
+    let name = |volume: &SwapVolume, staging| staged_claim_name(&volume.claim, view.facts.uid(), staging);
+    let names =
+        view.swap.volumes.iter().flat_map(|volume| (0..=volume.stagings).map(move |at| name(volume, at)));
+    let names: BTreeSet<_> = names.collect();
+    let is_staged =
+        |name: &String, claim: &ClaimFacts| names.contains(name) && claim.restore.as_deref() == ours;
+    let staged = || view.world.claims.iter().filter(|(name, claim)| is_staged(name, claim));
     let lost = staged().filter_map(|(name, claim)| {
         let found = view.world.volumes.get(claim.volume.as_ref()?)?;
         // Its class keeps it, and nobody would ever find it again.

@@ -1,6 +1,8 @@
 //! Turns facts and the decided step into the status that users see, and into Events. Pure.
 
-use jiff::Timestamp;
+use std::time::Duration;
+
+use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{MicroTime, Time};
 use sts_backup_api::conditions::{self, PROGRESSING};
 use sts_backup_api::restore::{RestorePhase, RestoredSnapshot, StatefulSetRestoreStatus};
@@ -219,9 +221,10 @@ fn ended(facts: &RestoreFacts, outcome: Outcome, swap: &Swap) -> (&'static str, 
     let why = why.unwrap_or_default();
     match outcome {
         Outcome::Completed => {
-            let window = facts.restore.spec.rollback_window;
+            let window = SignedDuration::try_from(Duration::from(facts.restore.spec.rollback_window));
+            let window = window.unwrap_or(SignedDuration::MAX);
             let message =
-                format!("{why}the application has the restored data; its old volumes stay for {window}");
+                format!("{why}the application has the restored data; its old volumes stay for {window:#}");
             ("Completed", message)
         }
         Outcome::RolledBack => {

@@ -118,9 +118,16 @@ impl<'a> View<'a> {
 
     /// The pods that keep claims from being exchanged.
     pub(super) fn pods_in_the_way(&self) -> Vec<&'a PodFacts> {
-        let lowest = self.swap.volumes.iter().map(|volume| volume.ordinal).min().unwrap_or_default();
-        let names_ours =
-            |pod: &PodFacts| self.swap.volumes.iter().any(|volume| pod.claims.contains(&volume.claim));
+        // Claims below the first ordinal can be restored as well, and no pod goes for them.
+        let lowest = match self.set() {
+            Some(set) => set.start.saturating_add(self.swap.replicas_meanwhile),
+            None => self.swap.volumes.iter().map(|volume| volume.ordinal).min().unwrap_or_default(),
+        };
+        let may_go = |volume: &SwapVolume| {
+            volume.snapshot.is_some() || self.set().is_some_and(|set| set.deletes_claims)
+        };
+        let volumes = || self.swap.volumes.iter().filter(|volume| may_go(volume));
+        let names_ours = |pod: &PodFacts| volumes().any(|volume| pod.claims.contains(&volume.claim));
         let is_in_the_way =
             |pod: &&PodFacts| pod.ordinal.is_some_and(|ordinal| ordinal >= lowest) || names_ours(pod);
         self.world.pods.iter().filter(is_in_the_way).collect()
@@ -131,6 +138,15 @@ impl<'a> View<'a> {
         let restored = || self.swap.volumes.iter().filter(|volume| volume.snapshot.is_some());
         if restored().all(|volume| volume.previous.is_none()) {
             return Some("the claims had no volumes before the restore".to_owned());
+        }
+        if let Some(set) = self.set().filter(|set| set.deletes_claims && set.replicas > self.swap.replicas) {
+            return Some(format!(
+                "{} has {} replicas by now, and the claims of those that came since go when they are scaled down: set \
+                 persistentVolumeClaimRetentionPolicy.whenScaled to Retain, or scale it to {} first",
+                self.facts.set_name(),
+                set.replicas,
+                self.swap.replicas
+            ));
         }
         let is_gone = |pv: &&SwapPv| self.pv(pv).is_none();
         let gone: Vec<_> = restored()

@@ -82,6 +82,10 @@ async fn obey(cluster: &Cluster, order: &Order) -> Result<Exit, Error> {
     };
     let end = handle.follow(cluster, (order.timeout, "the restore is not over"), look, say).await?;
     let ended = cluster.get::<StatefulSetRestore>(&handle.name).await.unwrap_or(made);
+    if end == End::PlanChanged {
+        // Left as it is, it would run once that plan fits again.
+        handle.discard(cluster).await;
+    }
     verdict(&end, &ended, false, say)
 }
 
@@ -273,9 +277,7 @@ fn verdict(
         ),
         End::PlanChanged => (
             "what was approved is not what would be done now, so nothing was touched".to_owned(),
-            Some(format!(
-                "kubectl delete statefulsetrestore {name} -n {namespace}, then the same command again: it shows the new plan"
-            )),
+            Some("the same command again: it shows the new plan".to_owned()),
         ),
         End::RollbackRefused(why) => {
             (format!("StatefulSet {set} is not rolled back: {}", why.to_text()), None)

@@ -158,7 +158,7 @@ fn other_ends_are_failures_that_say_what_to_do() {
     for (end, back, words) in [
         (End::Held(why()), false, "or kubectl stsbackup restore rollback db-20260203-040000 -n shop brings"),
         (End::Held(why()), true, "kubectl get pods -n shop"),
-        (End::PlanChanged, false, "kubectl delete statefulsetrestore db-20260203-040000 -n shop"),
+        (End::PlanChanged, false, "the same command again"),
         (End::RollbackRefused(why()), true, "StatefulSet shop/db is not rolled back"),
         (End::Deleted, false, "StatefulSetRestore shop/db-20260203-040000 was deleted"),
     ] {
