@@ -606,7 +606,7 @@ impl Cluster {
 
     /// On the way back, a claim that is just missing has no volume waiting for it from when the new one is let go until the
     /// old one is reserved: as never two may wait for a name, that cannot be helped, and takes some milliseconds. The
-    /// controller is taken to be slower.
+    /// controllers are taken to be slower.
     fn is_between_two_volumes(&self, claim: &str) -> bool {
         let goes_back = swap_of(self).is_some_and(|(_, toward)| toward == Toward::Previous);
         let is_one_of_ours =
@@ -764,7 +764,7 @@ impl Cluster {
             self.set_bound(name, &volume);
             return true;
         }
-        if asked.is_some() || self.is_storage_down {
+        if asked.is_some() || self.is_storage_down || self.is_between_two_volumes(name) {
             return false;
         }
         let source =
