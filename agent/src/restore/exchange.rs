@@ -350,7 +350,7 @@ pub(super) fn scaling_up(view: &View<'_>) -> RestoreStep {
         // Nothing is there to be served; the claims are as they should be for whoever creates it again.
         return RestoreStep::Record(view.at(SwapStep::Releasing));
     };
-    let Some(generation) = swap.generation else {
+    if swap.generation.is_none() {
         if !view.all_bound() {
             // Before the order to come back no pod may find a claim without its volume.
             return RestoreStep::Record(view.at(SwapStep::ScalingDown));
@@ -360,8 +360,8 @@ pub(super) fn scaling_up(view: &View<'_>) -> RestoreStep {
         }
         // From here on its replicas are its user's business again.
         return RestoreStep::Record(Swap { generation: Some(set.generation), ..swap.clone() });
-    };
-    let late = unready(view, set, generation);
+    }
+    let late = unready(view, set);
     if late.is_empty() {
         return RestoreStep::Record(view.at(SwapStep::Releasing));
     }
@@ -397,7 +397,7 @@ fn way_back(view: &View<'_>) -> String {
 }
 
 /// The pods that are not ready yet, among those that went down; or the `StatefulSet`, where it is behind.
-fn unready(view: &View<'_>, set: &SetFacts, generation: i64) -> Vec<String> {
+fn unready(view: &View<'_>, set: &SetFacts) -> Vec<String> {
     let end = set.start.saturating_add(set.replicas);
     let mut ordinals: Vec<_> = view
         .swap
@@ -412,7 +412,7 @@ fn unready(view: &View<'_>, set: &SetFacts, generation: i64) -> Vec<String> {
     };
     ordinals.retain(|ordinal| !is_ready(ordinal));
     let mut late: Vec<_> = ordinals.into_iter().map(|ordinal| format!("{}-{ordinal}", set.name)).collect();
-    if late.is_empty() && set.observed_generation < generation.max(set.generation) {
+    if late.is_empty() && set.observed_generation < set.generation {
         late.push(format!("{} as a whole", set.name));
     }
     late

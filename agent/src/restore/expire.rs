@@ -205,6 +205,10 @@ mod tests {
         VolumeFacts::of(&serde_json::from_value(object).unwrap())
     }
 
+    fn remove(object: &mut Value, key: &str) {
+        object.as_object_mut().unwrap().remove(key);
+    }
+
     fn due(volume: &VolumeFacts, now: i64) -> Option<(Due, Value)> {
         match expiry(volume, at(now)) {
             Expiry::Write { why, patch } => Some((why, patch)),
@@ -247,12 +251,12 @@ mod tests {
             object["metadata"]["annotations"][RECLAIM_POLICY_ANNOTATION] = json!("Retain");
         };
         let is_static = |object: &mut Value| {
-            object["metadata"]["annotations"]["pv.kubernetes.io/provisioned-by"] = Value::Null;
+            remove(&mut object["metadata"]["annotations"], "pv.kubernetes.io/provisioned-by");
         };
         let by_another = |object: &mut Value| {
             object["metadata"]["annotations"]["pv.kubernetes.io/provisioned-by"] = json!("another");
         };
-        let no_csi = |object: &mut Value| object["spec"]["csi"] = Value::Null;
+        let no_csi = |object: &mut Value| remove(&mut object["spec"], "csi");
         for change in [was_retain as fn(&mut Value), is_static, by_another, no_csi] {
             let (why, patch) = due(&volume("Released", change), 100).unwrap();
             assert_eq!(why, Due::GivenBack);
@@ -265,7 +269,7 @@ mod tests {
     fn a_volume_without_a_label_or_a_time_stays_for_ever() {
         let unlabelled = |object: &mut Value| object["metadata"]["labels"] = json!({});
         let unmarked =
-            |object: &mut Value| object["metadata"]["annotations"][EXPIRES_AT_ANNOTATION] = Value::Null;
+            |object: &mut Value| remove(&mut object["metadata"]["annotations"], EXPIRES_AT_ANNOTATION);
         let garbled =
             |object: &mut Value| object["metadata"]["annotations"][EXPIRES_AT_ANNOTATION] = json!("never");
         for change in [unlabelled as fn(&mut Value), unmarked, garbled] {

@@ -482,6 +482,27 @@ impl Cluster {
         }
     }
 
+    /// Somebody deletes the `StatefulSet` with its pods.
+    pub(super) fn delete_set(&mut self) {
+        self.set = None;
+        self.pods.clear();
+    }
+
+    /// Somebody deletes the `StatefulSet` without its pods, and creates it again, which adopts them.
+    pub(super) fn create_set_again(&mut self) {
+        let Some(set) = &mut self.set else { return };
+        set.metadata.uid = Some("set-2".to_owned());
+        set.metadata.generation = Some(1);
+        set.metadata.resource_version = Some("1".to_owned());
+        set.status = None;
+        set.spec.as_mut().unwrap().replicas = Some(REPLICAS);
+        for owner in
+            self.pods.values_mut().filter_map(|pod| pod.metadata.owner_references.as_mut()?.first_mut())
+        {
+            owner.uid = "set-2".to_owned();
+        }
+    }
+
     fn end_claim(&mut self, name: &str) {
         if let Some(claim) = self.claims.get_mut(name) {
             claim.metadata.deletion_timestamp = Some(Time(self.now));

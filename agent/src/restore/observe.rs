@@ -9,13 +9,13 @@ use k8s_openapi::api::apps::v1::StatefulSet;
 use k8s_openapi::api::core::v1::{Namespace, PersistentVolume, PersistentVolumeClaim, Pod};
 use kube::api::ListParams;
 use kube::{Api, Client, ResourceExt};
-use sts_backup_api::names::{ALLOW_RESTORE_FROM_ANNOTATION, RESTORE_LABEL};
+use sts_backup_api::names::RESTORE_LABEL;
 use sts_backup_api::restore::StatefulSetRestore;
 use sts_backup_api::snapshot::{VolumeSnapshot, VolumeSnapshotContent};
 use sts_backup_api::swap::{Swap, SwapStep};
 
 use super::facts::{Objects, RestoreFacts, World};
-use super::plan::{Problem, Verdict, plan};
+use super::plan::plan;
 use super::survey::survey;
 use crate::backup::error::{Error, Result};
 use crate::clock;
@@ -36,38 +36,10 @@ pub(super) async fn observe(
     {
         facts.world = Some(world(client, &facts, swap).await?);
     } else if !facts.is_over() && !facts.is_deleting() && facts.busy_with.is_none() {
-        facts.verdict = Some(verdict(client, &facts).await?);
+        let survey = survey(client, restore).await?;
+        facts.verdict = Some(plan(restore, &survey, clock::now()));
     }
     Ok(facts)
-}
-
-/// What planning says of what there is now.
-async fn verdict(client: &Client, facts: &RestoreFacts) -> Result<Verdict> {
-    let own = facts.restore.namespace().unwrap_or_default();
-    let home = facts.target_namespace();
-    // What is in a namespace that does not let us in is not shown, and not touched.
-    if home != own && !is_granted(client, home, &own).await? {
-        let message = format!(
-            "{} is in another namespace, which does not let restores of {own} in: kubectl annotate namespace {home} \
-             {ALLOW_RESTORE_FROM_ANNOTATION}={own}",
-            facts.set_name()
-        );
-        return Ok(Verdict::Wait(Problem {
-            reason: sts_backup_api::conditions::NAMESPACE_NOT_GRANTED,
-            message,
-        }));
-    }
-    let survey = survey(client, &facts.restore).await?;
-    Ok(plan(&facts.restore, &survey, clock::now()))
-}
-
-/// Whether a namespace lets the restores of another one in.
-async fn is_granted(client: &Client, namespace: &str, to: &str) -> Result<bool> {
-    let namespaces: Api<Namespace> = Api::all(client.clone());
-    let found = namespaces.get_metadata_opt(namespace).await.map_err(Error::request("get the Namespace"))?;
-    let granted =
-        found.and_then(|namespace| namespace.annotations().get(ALLOW_RESTORE_FROM_ANNOTATION).cloned());
-    Ok(granted.is_some_and(|granted| granted.split(',').any(|granted| granted.trim() == to)))
 }
 
 /// What a swap is about, as it is now.

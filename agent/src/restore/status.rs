@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{MicroTime, Time};
-use sts_backup_api::conditions::{self, NAMESPACE_NOT_GRANTED, PROGRESSING};
+use sts_backup_api::conditions::{self, PROGRESSING};
 use sts_backup_api::restore::{RestorePhase, RestoredSnapshot, StatefulSetRestoreStatus};
 use sts_backup_api::run::Failure;
 use sts_backup_api::swap::{Swap, SwapStep, SwapVolume, Toward};
@@ -338,9 +338,7 @@ fn waits(facts: &RestoreFacts, why: &Why) -> Option<Note> {
     }
     match why.reason {
         QUEUED => Some(Note::normal(QUEUED, "Wait", why.message.clone())),
-        reason if reason == NAMESPACE_NOT_GRANTED || STUCK.contains(&reason) => {
-            Some(Note::warning(reason, "Wait", why.message.clone()))
-        }
+        reason if STUCK.contains(&reason) => Some(Note::warning(reason, "Wait", why.message.clone())),
         _ => None,
     }
 }

@@ -123,6 +123,23 @@ fn a_restore_that_is_scaled_up_by_somebody_at_any_write_serves_old_or_new_data()
 }
 
 #[test]
+fn a_stateful_set_that_is_created_again_at_any_write_serves_old_or_new_data() {
+    at_each_boundary(|_, mut cluster| {
+        cluster.create_set_again();
+        finish(&mut cluster);
+    });
+}
+
+#[test]
+fn without_its_stateful_set_a_restore_ends_with_the_claims_as_they_should_be() {
+    at_each_boundary(|setting, mut cluster| {
+        cluster.delete_set();
+        let ended = finish(&mut cluster);
+        assert!(ended.is_some(), "{setting:?}");
+    });
+}
+
+#[test]
 fn a_completed_restore_is_taken_back_within_its_window() {
     for setting in settings() {
         let mut cluster = Cluster::new(&setting);
