@@ -378,6 +378,10 @@ pub(super) fn scaling_up(view: &View<'_>) -> RestoreStep {
         return RestoreStep::Record(Swap { generation: Some(set.generation), ..swap.clone() });
     }
     let late = unready(view, set);
+    if late.is_empty() && !view.all_bound() && !set.deletes_claims {
+        // What an agent that has died asked for can come late.
+        return RestoreStep::Record(Swap { generation: None, ..view.at(SwapStep::ScalingDown) });
+    }
     if late.is_empty() {
         return RestoreStep::Record(view.at(SwapStep::Releasing));
     }
