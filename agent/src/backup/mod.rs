@@ -26,8 +26,8 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use dashmap::DashMap;
-use futures::StreamExt;
 use futures::future::join_all;
+use futures::{FutureExt, StreamExt};
 use jiff::Timestamp;
 use kube::api::ListParams;
 use kube::runtime::controller::{Action, Config as ControllerConfig, Controller, Error as ControllerError};
@@ -80,7 +80,9 @@ pub(crate) async fn run(app: app::Context, stop: CancellationToken) {
     let controller = Controller::for_stream(changes, store.clone());
     let known = store.clone();
     let freed = occupancy.join::<StatefulSetBackup>(move |holder| {
-        known.get(&ObjectRef::new(&holder.name).within(&holder.namespace)).is_some()
+        // Before the first list is complete nothing is known to be gone.
+        known.wait_until_ready().now_or_never().is_none()
+            || known.get(&ObjectRef::new(&holder.name).within(&holder.namespace)).is_some()
     });
     let cx = Arc::new(Context {
         reporter: Reporter { controller: FIELD_MANAGER.to_owned(), instance: Some(config.identity.clone()) },

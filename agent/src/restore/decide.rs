@@ -253,7 +253,7 @@ fn rollback_after_end(facts: &RestoreFacts, now: Timestamp) -> RestoreStep {
         return RestoreStep::RefuseRollback(message.to_owned());
     }
     let view = View { facts, swap, world, now };
-    if let Some(message) = view.no_way_back() {
+    if let Some(message) = view.no_way_back().or_else(|| view.moved_on()) {
         return RestoreStep::RefuseRollback(message);
     }
     if let Some(holder) = &facts.busy_with {

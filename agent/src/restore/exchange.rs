@@ -45,11 +45,19 @@ pub(super) fn scaling_down(view: &View<'_>) -> RestoreStep {
     if !gone.is_empty() {
         return volumes_gone(view, &gone);
     }
+    let is_contested = view.swap.contests > 0 && view.swap.toward == Toward::Restored;
+    if is_contested {
+        // Before any is reserved anew: that takes away the trace of who had it.
+        let swap = without_served(view);
+        if swap != *view.swap {
+            return RestoreStep::Record(swap);
+        }
+    }
     if let Some(step) = view.arm().or_else(|| pods_gone(view)) {
         return step;
     }
-    if view.swap.contests > 0 && view.swap.toward == Toward::Restored {
-        let swap = without_served(view);
+    if is_contested {
+        let swap = view.swap.clone();
         if swap.volumes.iter().any(|volume| volume.snapshot.is_some() && volume.restored.is_none()) {
             return RestoreStep::Record(Swap {
                 step: SwapStep::Staging,
@@ -91,7 +99,11 @@ fn ordered(view: &View<'_>, set: &SetFacts) -> Option<RestoreStep> {
         if let Some(step) = scaled_meanwhile(view, set).filter(|_| is_first) {
             return Some(step);
         }
-        return Some(RestoreStep::Record(Swap { down_since: Some(MicroTime(view.now)), ..swap.clone() }));
+        return Some(RestoreStep::Record(Swap {
+            down_since: Some(MicroTime(view.now)),
+            replicas: swap.replicas.min(set.replicas),
+            ..swap.clone()
+        }));
     }
     Some(View::scale(set, Work::ScaleDown, swap.replicas_meanwhile))
 }
@@ -134,8 +146,11 @@ fn pods_gone(view: &View<'_>) -> Option<RestoreStep> {
         return Some(view.give_up("PodsStayed", &message));
     }
     let has_order = view.set().is_some_and(|set| set.replicas <= view.swap.replicas_meanwhile);
+    // While one is ending, the others wait for it in their order.
+    let is_moving = pods.iter().any(|pod| pod.ordinal.is_some() && pod.ending);
     let is_stuck = |pod: &&&PodFacts| {
-        pod.ordinal.is_some() && !pod.ending && has_order && (is_late || !pod.ready && view.now >= patience)
+        let has_waited = !pod.ready && view.now >= patience && !is_moving;
+        pod.ordinal.is_some() && !pod.ending && has_order && (is_late || has_waited)
     };
     let stuck = pods.iter().filter(is_stuck);
     let deletions = stuck.map(|pod| Write::DeletePod { name: pod.name.clone(), uid: pod.uid.clone() });
@@ -262,8 +277,9 @@ fn keep_foreign(view: &View<'_>) -> Option<RestoreStep> {
     let expires = later(view.now, view.facts.restore.spec.rollback_window.into());
     let writes = view.on_others().into_iter().filter_map(|(volume, claim)| {
         let found = view.world.volumes.get(claim.volume.as_ref()?)?;
-        let is_kept = found.policy == "Retain" && found.restore.is_some();
-        if is_kept || view.is_known(found) {
+        // A claim can name any volume.
+        let is_its = found.claim.as_ref().is_some_and(|bound| bound.uid.as_deref() == Some(&claim.uid));
+        if !is_its || found.restore.is_some() || view.is_known(found) {
             return None;
         }
         let keep = VolumeChange::Keep {

@@ -22,6 +22,10 @@ use super::survey::{ClaimId, Shape, Survey};
 use super::{checks, volumes};
 use crate::backup::observe::ordinal_of;
 
+/// The API server stores at most 1.5 MiB in an object: <https://etcd.io/docs/v3.5/dev-guide/limit/>. The plan and what is
+/// added on the way need some of it.
+const MAX_SWAP_BYTES: usize = 1_000_000;
+
 /// Whether a restore can be done.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) enum Verdict {
@@ -183,6 +187,14 @@ pub(super) fn plan(restore: &StatefulSetRestore, survey: &Survey, now: Timestamp
         failure: None,
         volumes,
     };
+    let bytes = serde_json::to_vec(&swap).map_or(0, |swap| swap.len());
+    if bytes > MAX_SWAP_BYTES {
+        let message = format!(
+            "the manifests of the claims and volumes have {bytes} bytes, and a status has room for {MAX_SWAP_BYTES}: restore \
+             some ordinals at a time by spec.replicas, or remove large annotations"
+        );
+        return Verdict::Refuse(vec![Problem { reason: "TooLarge", message }]);
+    }
     Verdict::Go(Box::new(Planned { plan: restore_plan(&choice, &swap, &ground, warnings), swap }))
 }
 

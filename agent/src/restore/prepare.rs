@@ -71,7 +71,7 @@ pub(super) fn scaled_meanwhile(view: &View<'_>, set: &SetFacts) -> Option<Restor
         view.swap.replicas,
         set.replicas
     );
-    (set.replicas != view.swap.replicas).then(|| view.give_up("StatefulSetChanged", &message))
+    (set.replicas > view.swap.replicas).then(|| view.give_up("StatefulSetChanged", &message))
 }
 
 /// New volumes are made from the snapshots.
@@ -316,7 +316,8 @@ fn unstaged(view: &View<'_>) -> Option<RestoreStep> {
     let lost = staged().filter_map(|(name, claim)| {
         let found = view.world.volumes.get(claim.volume.as_ref()?)?;
         // Its class keeps it, and nobody would ever find it again.
-        let is_lost = found.restore.as_deref() != ours && found.policy == "Retain";
+        let is_its = found.claim.as_ref().is_some_and(|bound| bound.uid.as_deref() == Some(&claim.uid));
+        let is_lost = is_its && found.restore.is_none() && found.policy == "Retain";
         let keep = || VolumeChange::Keep {
             restore: view.facts.uid().to_owned(),
             policy: "Delete".to_owned(),
@@ -363,6 +364,12 @@ fn abandoned_volumes(view: &View<'_>) -> Vec<Write> {
         let mut volumes = view.swap.volumes.iter();
         volumes.find(|volume| volume.previous.as_ref().is_some_and(|pv| pv.uid == found.uid))
     };
+    let served = |found: &VolumeFacts| {
+        view.swap.volumes.iter().find_map(|volume| {
+            let pv = volume.restored.as_ref().filter(|pv| pv.uid == found.uid)?;
+            view.is_bound(volume, pv).then(|| pv.reclaim_policy.clone())
+        })
+    };
     let mut writes = Vec::new();
     for found in view.world.volumes.values() {
         let is_ours = found.restore.as_deref() == Some(ours);
@@ -376,6 +383,9 @@ fn abandoned_volumes(view: &View<'_>) -> Vec<Write> {
                 let at = view.deadline(view.facts.restore.spec.rollback_window.into());
                 writes.push(View::change(found, VolumeChange::Expire { at, policy: None }));
             }
+        } else if let Some(policy) = served(found).filter(|_| is_ours) {
+            // Somebody scaled up at the last moment, and its claim found it reserved.
+            writes.push(View::change(found, VolumeChange::Release { policy }));
         } else if is_ours && found.expires_at.is_none() {
             writes.push(View::change(found, VolumeChange::Expire { at: now, policy: Some("Delete") }));
         }

@@ -162,6 +162,38 @@ impl<'a> View<'a> {
         })
     }
 
+    /// Why a restore that is over cannot be taken back any more: what it left is in other hands by now.
+    pub(super) fn moved_on(&self) -> Option<String> {
+        let (namespace, ours) = (self.facts.target_namespace(), self.facts.uid());
+        for volume in &self.swap.volumes {
+            for pv in [&volume.previous, &volume.restored].into_iter().flatten() {
+                let Some(found) = self.pv(pv) else { continue };
+                if found.restore.as_deref().is_some_and(|restore| restore != ours) {
+                    return Some(format!(
+                        "PersistentVolume {} is in the hands of a later restore: roll that one back first",
+                        pv.name
+                    ));
+                }
+                if found.phase == "Bound" && !found.is_for(namespace, &volume.claim) {
+                    return Some(format!(
+                        "PersistentVolume {} is bound to another claim: delete that first",
+                        pv.name
+                    ));
+                }
+            }
+            let has = self.claim(volume).and_then(|claim| claim.volume.as_ref());
+            let mut known = [&volume.previous, &volume.restored].into_iter().flatten();
+            if has.is_some_and(|has| known.all(|pv| pv.name != *has)) {
+                return Some(format!(
+                    "PersistentVolumeClaim {namespace}/{} was given another volume after the restore, and the rollback \
+                     would take that away",
+                    volume.claim
+                ));
+            }
+        }
+        None
+    }
+
     /// The swap at another step.
     pub(super) fn at(&self, step: SwapStep) -> Swap {
         Swap { step, step_since: MicroTime(self.now), ..self.swap.clone() }
