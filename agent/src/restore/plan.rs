@@ -152,6 +152,8 @@ impl<'a> Ground<'a> {
 pub(super) fn plan(restore: &StatefulSetRestore, survey: &Survey, now: Timestamp) -> Verdict {
     let set = match target(restore, survey) {
         Ok(set) => set,
+        // As for a backup, whose namespace may be let in later.
+        Err(problem) if problem.reason == NAMESPACE_NOT_GRANTED => return Verdict::Wait(problem),
         Err(problem) => return Verdict::Refuse(vec![problem]),
     };
     let mut findings = Findings::default();

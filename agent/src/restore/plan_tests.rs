@@ -116,7 +116,7 @@ fn a_healthy_set_is_swapped_whole() {
 fn everything_that_is_in_the_way_of_the_claims_is_named() {
     type Change = fn(&mut Survey);
     let cases: [(Change, &str, &str); 17] = [
-        (|survey| survey.granted = false, "NamespaceNotGranted", "allow-restore-from=shop"),
+        (|survey| survey.granted = false, "NamespaceNotGranted?", "allow-restore-from=shop"),
         (|survey| survey.set = None, "StatefulSetNotFound", "StatefulSet shop/db does not exist"),
         (
             |survey| set_mut(survey).metadata.deletion_timestamp = Some(now().into()),
