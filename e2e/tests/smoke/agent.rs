@@ -38,8 +38,8 @@ async fn the_installed_agent_may_not_read_secrets_or_delete_volumes() -> Result<
     for (group, resource, verb, expected) in [
         ("", "secrets", "get", false),
         ("", "configmaps", "list", false),
-        ("", "pods", "delete", false),
-        ("", "persistentvolumeclaims", "delete", false),
+        ("", "persistentvolumes", "delete", false),
+        ("", "persistentvolumeclaims", "patch", false),
         ("apps", "statefulsets", "patch", false),
         ("backup.sts-backup.io", "statefulsetbackuppolicies", "patch", false),
         ("", "namespaces", "patch", false),
