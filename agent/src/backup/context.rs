@@ -17,6 +17,7 @@ use super::queue::Queue;
 use crate::events::{self, Note};
 use crate::lease::Leadership;
 use crate::occupancy::{Holder, Occupancy, SetName};
+use crate::reconciler::Failures;
 
 /// What the controller works with.
 pub(super) struct Context {
@@ -38,8 +39,7 @@ pub(super) struct Context {
     pub(super) backups: Store<StatefulSetBackup>,
     /// Asks for a reconciliation.
     pub(super) wake: mpsc::UnboundedSender<ObjectRef<StatefulSetBackup>>,
-    /// Failed reconciliations in a row, by uid.
-    pub(super) failures: DashMap<String, u32>,
+    pub(super) failures: Failures,
 }
 
 /// The `StatefulSet` that a backup is of.

@@ -6,7 +6,6 @@
 mod context;
 mod decide;
 mod due;
-pub(crate) mod error;
 mod metrics;
 pub(crate) mod observe;
 mod perform;
@@ -29,14 +28,10 @@ use dashmap::DashMap;
 use futures::future::join_all;
 use futures::{FutureExt, StreamExt};
 use jiff::Timestamp;
-use kube::api::ListParams;
-use kube::runtime::controller::{Action, Config as ControllerConfig, Controller, Error as ControllerError};
+use kube::runtime::controller::{Action, Config as ControllerConfig, Error as ControllerError};
 use kube::runtime::events::Reporter;
-use kube::runtime::reflector::{self, ObjectRef};
-use kube::runtime::watcher::Config as WatcherConfig;
-use kube::runtime::{WatchStreamExt, watcher};
+use kube::runtime::reflector::ObjectRef;
 use kube::{Api, ResourceExt};
-use rand::Rng;
 use sts_backup_api::backup::{StatefulSetBackup, StatefulSetBackupStatus};
 use sts_backup_api::names::FIELD_MANAGER;
 use sts_backup_api::run::{CurrentRun, RunStep};
@@ -44,11 +39,10 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use tracing::{debug, error, info, warn};
+use tracing::{debug, info, warn};
 
 use self::context::{Context, set_name};
 use self::decide::{BackupStep, Idle, Pruned, Wait, next_backup_step};
-use self::error::{Error, Result};
 use self::metrics::BackupMetrics;
 use self::observe::{BackupFacts, observe};
 use self::queue::Queue;
@@ -56,28 +50,20 @@ use self::section::Section;
 use self::status::{damaged, next_status, notes};
 use self::tasks::spawn_section;
 use self::triggers::{freed_sets, grant_changes, snapshot_changes, stateful_set_changes};
+use crate::error::{Error, Result};
 use crate::occupancy::Holder;
+use crate::reconciler::{Failures, RESYNC, jittered, list_all, watched};
 use crate::{app, clock, telemetry};
 
 /// How long one look at a backup may take before it is given up and tried again.
 const RECONCILE_TIMEOUT: Duration = Duration::from_mins(1);
-
-/// How soon a backup that waits for nothing is looked at again: a watch that had to begin anew does not tell what was
-/// deleted meanwhile.
-const RESYNC: Duration = Duration::from_hours(1);
 
 /// Backs up until `stop` is cancelled, then thaws what is frozen, and returns.
 pub(crate) async fn run(app: app::Context, stop: CancellationToken) {
     let app::Context { client, exec_client, leadership, config, metrics, occupancy } = app;
     let (wake, woken) = mpsc::unbounded_channel();
     let backups: Api<StatefulSetBackup> = Api::all(client.clone());
-    let (store, writer) = reflector::store();
-    let changes = watcher(backups.clone(), WatcherConfig::default())
-        .default_backoff()
-        .modify(keep)
-        .reflect(writer)
-        .applied_objects();
-    let controller = Controller::for_stream(changes, store.clone());
+    let (controller, store) = watched(backups.clone(), keep);
     let known = store.clone();
     let freed = occupancy.join::<StatefulSetBackup>(move |holder| {
         // Before the first list is complete nothing is known to be gone.
@@ -97,7 +83,7 @@ pub(crate) async fn run(app: app::Context, stop: CancellationToken) {
         queue: Mutex::new(Queue::new(config.limits)),
         backups: store.clone(),
         wake,
-        failures: DashMap::new(),
+        failures: Failures::default(),
     });
     info!("backup controller started");
     if stop.run_until_cancelled(resume(&cx, &backups)).await.is_some() {
@@ -135,24 +121,10 @@ fn keep(backup: &mut StatefulSetBackup) {
 
 /// Goes on with the runs of an earlier leader: what may be frozen comes before all else.
 async fn resume(cx: &Arc<Context>, backups: &Api<StatefulSetBackup>) {
-    let mut failures = 0;
-    let found = loop {
-        match backups
-            .list(&ListParams::default())
-            .await
-            .map_err(Error::request("list the StatefulSetBackups"))
-        {
-            Ok(found) => break found,
-            Err(err) => {
-                warn!(error = %telemetry::chain(&err), "runs of an earlier leader not found yet");
-                tokio::time::sleep(err.backoff(failures)).await;
-                failures += 1;
-            }
-        }
-    };
+    let found = list_all(backups, "list the StatefulSetBackups").await;
     let run = |backup: &StatefulSetBackup| backup.status.as_ref()?.current_run.clone();
     let step = |backup: &StatefulSetBackup| run(backup).map(|run| run.step);
-    let under_way = found.items.iter().filter(|backup| step(backup).is_some());
+    let under_way = found.iter().filter(|backup| step(backup).is_some());
     for backup in under_way.clone() {
         let own = ObjectRef::from_obj(backup);
         cx.occupancy.resume(set_name(backup), Holder::of(backup));
@@ -174,12 +146,10 @@ async fn resume(cx: &Arc<Context>, backups: &Api<StatefulSetBackup>) {
 
 /// One look at a backup: everything that can be done about it now.
 async fn reconcile(backup: Arc<StatefulSetBackup>, cx: Arc<Context>) -> Result<Action> {
-    let uid = backup.uid().unwrap_or_default();
     // What was written down by then is found by the next look.
     let steps = tokio::time::timeout(RECONCILE_TIMEOUT, Box::pin(next_steps(&backup, &cx))).await;
-    let action = steps.unwrap_or(Err(Error::NoAnswer { operation: "reconcile the StatefulSetBackup" }))?;
-    cx.failures.remove(&uid);
-    Ok(action)
+    let answer = steps.unwrap_or(Err(Error::NoAnswer { operation: "reconcile the StatefulSetBackup" }));
+    cx.failures.note(&*backup, answer)
 }
 
 /// Goes on with a backup until it has to wait.
@@ -351,11 +321,6 @@ fn wake(backup: &StatefulSetBackup, until: Option<Timestamp>, now: Timestamp) ->
     Action::requeue(pauses.fold(jittered(RESYNC), Duration::min))
 }
 
-/// Objects that wait together must not come back together.
-fn jittered(pause: Duration) -> Duration {
-    pause.mul_f64(rand::rng().random_range(0.75..1.25))
-}
-
 fn from_to(now: Timestamp, until: Timestamp) -> Duration {
     // Rounded up, or the timer fires just before the moment it was set for.
     Duration::from_millis(decide::milliseconds(now, until).unsigned_abs() + 1)
@@ -419,16 +384,5 @@ fn said(
 
 #[expect(clippy::needless_pass_by_value, reason = "kube's controller calls it so")]
 fn error_policy(backup: Arc<StatefulSetBackup>, err: &Error, cx: Arc<Context>) -> Action {
-    let mut failures = cx.failures.entry(backup.uid().unwrap_or_default()).or_insert(0);
-    let pause = err.backoff(*failures);
-    *failures = failures.saturating_add(1);
-    if !err.is_conflict() {
-        let (namespace, name) = (backup.namespace().unwrap_or_default(), backup.name_any());
-        if err.is_transient() {
-            warn!(error = %telemetry::chain(err), namespace, backup = name, "backup not reconciled yet");
-        } else {
-            error!(error = %telemetry::chain(err), namespace, backup = name, "backup cannot be reconciled");
-        }
-    }
-    Action::requeue(jittered(pause))
+    cx.failures.action(&*backup, err, Duration::MAX)
 }

@@ -19,7 +19,7 @@ use sts_backup_api::names::{
 use sts_backup_api::run::{RunId, RunStep};
 use sts_backup_api::snapshot::{DEFAULT_CLASS_ANNOTATION, VolumeSnapshot, VolumeSnapshotClass};
 
-use super::error::{Error, Result};
+use crate::error::{Error, Result};
 
 /// How many volumes are read at once.
 const PARALLEL_READS: usize = 16;

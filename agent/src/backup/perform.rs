@@ -18,8 +18,8 @@ use tracing::warn;
 
 use super::context::Context;
 use super::decide::{Doomed, START_WITHIN, ThawAttempt, after_thaw, later};
-use super::error::{Error, Result};
 use crate::clock;
+use crate::error::{Error, Result};
 use crate::hooks::{self, Command, Outcome};
 
 /// How long a look at a single object may take while pods may be frozen.

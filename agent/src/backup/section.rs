@@ -35,10 +35,10 @@ use tracing::{debug, warn};
 
 use super::context::Context;
 use super::decide::{START_WITHIN, failing, later, milliseconds, trouble_of};
-use super::error::Error;
 use super::perform::{self, LOOK_TIMEOUT};
 use super::snapshot::snapshot_of;
 use super::status::snapshot_error;
+use crate::error::Error;
 use crate::events::Note;
 use crate::hooks::{self, Command, Outcome};
 use crate::{clock, telemetry};

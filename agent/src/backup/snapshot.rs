@@ -17,7 +17,7 @@ use sts_backup_api::names::{
 use sts_backup_api::run::{Consistency, CurrentRun, RunVolume};
 use sts_backup_api::snapshot::{VolumeSnapshot, VolumeSnapshotSource, VolumeSnapshotSpec};
 
-use super::error::{Error, Result};
+use crate::error::{Error, Result};
 
 /// The manifests of a run's claims, as JSON by name, without managed fields. One that is gone has none: its snapshot
 /// says what is wrong.

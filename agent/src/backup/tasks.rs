@@ -15,9 +15,9 @@ use tracing::{Instrument, error, info_span, warn};
 
 use super::context::Context;
 use super::decide::BackupStep;
-use super::error::Error;
 use super::observe::observe;
 use super::{perform, write};
+use crate::error::Error;
 use crate::events::Note;
 use crate::{clock, telemetry};
 

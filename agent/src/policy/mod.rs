@@ -31,7 +31,7 @@ use self::decide::{PolicyPlan, Step, next_policy_steps};
 use self::observe::{Key, Stores};
 use self::perform::Outcome;
 use self::status::{Results, change_notes, idle_note, next_status, write_notes};
-use crate::backup::error::Result;
+use crate::error::Result;
 use crate::events::{self, Note};
 use crate::lease::Leadership;
 use crate::{app, clock, telemetry};

@@ -12,7 +12,7 @@ use tokio::time::timeout;
 
 use super::decide::{Step, Wanted};
 use super::observe::PolicyFacts;
-use crate::backup::error::{Error, Result};
+use crate::error::{Error, Result};
 
 /// How long a write may take.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(30);

@@ -16,6 +16,7 @@ use super::metrics::RestoreMetrics;
 use crate::events::{self, Note};
 use crate::lease::Leadership;
 use crate::occupancy::{Holder, Occupancy, SetName};
+use crate::reconciler::Failures;
 
 /// What the controller works with.
 pub(super) struct Context {
@@ -34,8 +35,7 @@ pub(super) struct Context {
     pub(super) wake: mpsc::UnboundedSender<ObjectRef<StatefulSetRestore>>,
     /// What watches for the restores under way, by uid.
     pub(super) watches: DashMap<String, CancellationToken>,
-    /// Failed reconciliations in a row, by uid.
-    pub(super) failures: DashMap<String, u32>,
+    pub(super) failures: Failures,
 }
 
 /// The `StatefulSet` that a restore is of.

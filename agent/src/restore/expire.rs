@@ -22,7 +22,7 @@ use super::context::Context;
 use super::decide::VolumeChange;
 use super::facts::VolumeFacts;
 use super::perform::volume_patch;
-use crate::backup::error::{Error, Result};
+use crate::error::{Error, Result};
 use crate::events::Note;
 use crate::{clock, telemetry};
 

@@ -37,21 +37,17 @@ use std::time::Duration;
 use dashmap::DashMap;
 use futures::{FutureExt, StreamExt};
 use jiff::Timestamp;
-use kube::api::ListParams;
-use kube::runtime::controller::{Action, Config as ControllerConfig, Controller, Error as ControllerError};
+use kube::runtime::controller::{Action, Config as ControllerConfig, Error as ControllerError};
 use kube::runtime::events::Reporter;
-use kube::runtime::reflector::{self, ObjectRef};
-use kube::runtime::watcher::Config as WatcherConfig;
-use kube::runtime::{WatchStreamExt, watcher};
+use kube::runtime::reflector::ObjectRef;
 use kube::{Api, ResourceExt};
-use rand::Rng;
 use sts_backup_api::names::FIELD_MANAGER;
 use sts_backup_api::restore::{StatefulSetRestore, StatefulSetRestoreStatus};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use tracing::{debug, error, info, warn};
+use tracing::{debug, info, warn};
 
 use self::context::{Context, set_name};
 use self::decide::{RestoreStep, Work, Write, after_refusal, next_restore_step};
@@ -61,16 +57,13 @@ use self::observe::observe;
 use self::perform::{Performed, Target};
 use self::status::{next_status, notes};
 use self::triggers::{freed_sets, stateful_set_changes, volume_changes, watch};
-use crate::backup::error::{Error, Result};
+use crate::error::{Error, Result};
 use crate::occupancy::Holder;
+use crate::reconciler::{Failures, RESYNC, jittered, list_all, watched};
 use crate::{app, clock, telemetry};
 
 /// How long one look at a restore may take before it is given up and tried again.
 const RECONCILE_TIMEOUT: Duration = Duration::from_mins(1);
-
-/// How soon a restore that waits for nothing is looked at again: a watch that had to begin anew does not tell what was
-/// deleted meanwhile.
-const RESYNC: Duration = Duration::from_hours(1);
 
 /// The longest wait before a failed look at a restore under way is repeated: pods may be down.
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
@@ -80,13 +73,7 @@ pub(crate) async fn run(app: app::Context, stop: CancellationToken) {
     let app::Context { client, exec_client, leadership, config, metrics, occupancy } = app;
     let (wake, woken) = mpsc::unbounded_channel();
     let restores: Api<StatefulSetRestore> = Api::all(client.clone());
-    let (store, writer) = reflector::store();
-    let changes = watcher(restores.clone(), WatcherConfig::default())
-        .default_backoff()
-        .modify(keep)
-        .reflect(writer)
-        .applied_objects();
-    let controller = Controller::for_stream(changes, store.clone());
+    let (controller, store) = watched(restores.clone(), keep);
     let known = store.clone();
     let freed = occupancy.join::<StatefulSetRestore>(move |holder| {
         // Before the first list is complete nothing is known to be gone.
@@ -104,7 +91,7 @@ pub(crate) async fn run(app: app::Context, stop: CancellationToken) {
         occupancy,
         wake,
         watches: DashMap::new(),
-        failures: DashMap::new(),
+        failures: Failures::default(),
     });
     info!("restore controller started");
     if stop.run_until_cancelled(resume(&cx, &restores)).await.is_some() {
@@ -142,22 +129,11 @@ fn keep(restore: &mut StatefulSetRestore) {
 
 /// Takes in hand what an earlier leader had, before anybody begins anything.
 async fn resume(cx: &Arc<Context>, restores: &Api<StatefulSetRestore>) {
-    let mut failures = 0;
-    let found = loop {
-        let listed = restores.list(&ListParams::default()).await;
-        match listed.map_err(Error::request("list the StatefulSetRestores")) {
-            Ok(found) => break found,
-            Err(err) => {
-                warn!(error = %telemetry::chain(&err), "restores of an earlier leader not found yet");
-                tokio::time::sleep(err.backoff(failures)).await;
-                failures += 1;
-            }
-        }
-    };
+    let found = list_all(restores, "list the StatefulSetRestores").await;
     let is_under_way = |restore: &&StatefulSetRestore| {
         restore.status.as_ref().is_some_and(|status| under_way(status).is_some())
     };
-    for restore in found.items.iter().filter(is_under_way) {
+    for restore in found.iter().filter(is_under_way) {
         cx.occupancy.resume(set_name(restore), Holder::of(restore));
     }
     cx.occupancy.all_resumed().await;
@@ -165,12 +141,10 @@ async fn resume(cx: &Arc<Context>, restores: &Api<StatefulSetRestore>) {
 
 /// One look at a restore: everything that can be done about it now.
 async fn reconcile(restore: Arc<StatefulSetRestore>, cx: Arc<Context>) -> Result<Action> {
-    let uid = restore.uid().unwrap_or_default();
     // What was written down by then is found by the next look.
     let steps = tokio::time::timeout(RECONCILE_TIMEOUT, Box::pin(next_steps(&restore, &cx))).await;
-    let action = steps.unwrap_or(Err(Error::NoAnswer { operation: "reconcile the StatefulSetRestore" }))?;
-    cx.failures.remove(&uid);
-    Ok(action)
+    let answer = steps.unwrap_or(Err(Error::NoAnswer { operation: "reconcile the StatefulSetRestore" }));
+    cx.failures.note(&*restore, answer)
 }
 
 /// Goes on with a restore until it has to wait.
@@ -279,11 +253,6 @@ fn wake_at(until: Timestamp, now: Timestamp) -> Action {
     Action::requeue(pause.min(jittered(RESYNC)))
 }
 
-/// Objects that wait together must not come back together.
-fn jittered(pause: Duration) -> Duration {
-    pause.mul_f64(rand::rng().random_range(0.75..1.25))
-}
-
 /// Writes the status of a step, if that changes anything, and says so.
 async fn write(
     cx: &Context,
@@ -344,19 +313,6 @@ fn said(
 
 #[expect(clippy::needless_pass_by_value, reason = "kube's controller calls it so")]
 fn error_policy(restore: Arc<StatefulSetRestore>, err: &Error, cx: Arc<Context>) -> Action {
-    let mut failures = cx.failures.entry(restore.uid().unwrap_or_default()).or_insert(0);
-    let mut pause = err.backoff(*failures);
-    *failures = failures.saturating_add(1);
-    if restore.status.as_ref().is_some_and(|status| under_way(status).is_some()) {
-        pause = pause.min(LONGEST_PAUSE);
-    }
-    if !err.is_conflict() {
-        let (namespace, name) = (restore.namespace().unwrap_or_default(), restore.name_any());
-        if err.is_transient() {
-            warn!(error = %telemetry::chain(err), namespace, restore = name, "restore not reconciled yet");
-        } else {
-            error!(error = %telemetry::chain(err), namespace, restore = name, "restore cannot be reconciled");
-        }
-    }
-    Action::requeue(jittered(pause))
+    let is_under_way = restore.status.as_ref().is_some_and(|status| under_way(status).is_some());
+    cx.failures.action(&*restore, err, if is_under_way { LONGEST_PAUSE } else { Duration::MAX })
 }

@@ -14,7 +14,7 @@ use sts_backup_api::restore::{StatefulSetRestore, StatefulSetRestoreStatus};
 
 use super::decide::{VolumeChange, Work, Write};
 use super::view::NO_CLAIM;
-use crate::backup::error::{Error, Result};
+use crate::error::{Error, Result};
 
 /// How many writes are under way at once.
 const PARALLEL_WRITES: usize = 32;

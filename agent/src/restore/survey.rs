@@ -26,8 +26,8 @@ use sts_backup_api::run::{RunRecord, RunResult};
 use sts_backup_api::snapshot::{VolumeSnapshot, VolumeSnapshotContent};
 
 use super::choose::choose;
-use crate::backup::error::{Error, Result};
 use crate::backup::observe::{lets_in, ordinal_of};
+use crate::error::{Error, Result};
 
 /// How many objects are read at once.
 const PARALLEL_READS: usize = 16;

@@ -17,8 +17,8 @@ use sts_backup_api::snapshot::VolumeSnapshotClass;
 use super::Read;
 use super::cluster_checks::{NEEDED_KINDS, ServedKinds};
 use super::rights_checks::{Account, Right, review};
-use crate::backup::error::Error as ReadError;
 use crate::backup::observe::{Target, is_granted, read_target};
+use crate::error::Error as ReadError;
 use crate::plugin::cluster::{Cluster, Scope, list_all};
 use crate::plugin::error::{Error, not_found};
 
