@@ -137,11 +137,13 @@ pub fn bytes(quantity: &str) -> Option<i64> {
         "G" => 1e9,
         "T" => 1e12,
         "P" => 1e15,
+        "E" => 1e18,
         "Ki" => 1024.0,
         "Mi" => 1024.0_f64.powi(2),
         "Gi" => 1024.0_f64.powi(3),
         "Ti" => 1024.0_f64.powi(4),
         "Pi" => 1024.0_f64.powi(5),
+        "Ei" => 1024.0_f64.powi(6),
         "m" => 1e-3,
         exponent => 10.0_f64.powi(exponent.strip_prefix(['e', 'E'])?.parse().ok()?),
     };
@@ -276,6 +278,8 @@ mod tests {
             ("2k", Some(2000)),
             ("1e3", Some(1000)),
             ("1500m", Some(2)),
+            ("1Ei", Some(1 << 60)),
+            ("2E", Some(2_000_000_000_000_000_000)),
             ("", None),
             ("1Xi", None),
         ] {

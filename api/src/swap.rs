@@ -81,6 +81,9 @@ pub struct SwapVolume {
     /// The snapshot that it is restored from; none: it keeps its volume.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub snapshot: Option<String>,
+    /// The uid of that snapshot: another one by its name is other data.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub snapshot_uid: Option<String>,
     /// The size that a new volume is asked for, bytes.
     #[serde(default)]
     pub size_bytes: i64,

@@ -181,6 +181,7 @@ mod tests {
             template: "data".to_owned(),
             ordinal: 0,
             snapshot: Some("s1".to_owned()),
+            snapshot_uid: None,
             size_bytes: 2 << 30,
             node: Some("n2".to_owned()),
             manifest: serde_json::to_string(&manifest(&lived_in())).unwrap(),

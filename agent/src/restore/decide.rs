@@ -31,6 +31,8 @@ pub(super) const CONTESTED: &str = "Contested";
 pub(super) const ROLLED_BACK: &str = "RolledBack";
 /// The pods did not become ready in time.
 pub(super) const PODS_NOT_READY: &str = "PodsNotReady";
+/// Claims could not be deleted.
+pub(super) const CLAIM_HELD: &str = "ClaimHeld";
 /// Another backup or restore has the `StatefulSet` in hand.
 pub(super) const QUEUED: &str = "Queued";
 /// The namespace is being deleted.
@@ -258,6 +260,9 @@ fn rollback_after_end(facts: &RestoreFacts, now: Timestamp) -> RestoreStep {
     }
     if let Some(holder) = &facts.busy_with {
         return queued(facts, holder);
+    }
+    if let Some(message) = view.holds_claims() {
+        return RestoreStep::wait(CLAIM_HELD, message, Some(later(now, LOOK_AGAIN)));
     }
     if !facts.has_finalizer() {
         return RestoreStep::AddFinalizer;

@@ -5,13 +5,16 @@
 
 use std::time::Duration;
 
+use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime;
 use sts_backup_api::restore::OnFailure;
 use sts_backup_api::run::Failure;
 use sts_backup_api::swap::{Swap, SwapStep, SwapVolume, Toward};
 
 use super::claims::final_claim;
-use super::decide::{CONTESTED, LOOK_AGAIN, PODS_NOT_READY, RestoreStep, VolumeChange, Work, Write, later};
+use super::decide::{
+    CLAIM_HELD, CONTESTED, LOOK_AGAIN, PODS_NOT_READY, RestoreStep, VolumeChange, Work, Write, later,
+};
 use super::facts::{ClaimFacts, PodFacts, SetFacts};
 use super::prepare::{scaled_meanwhile, volumes_gone};
 use super::view::View;
@@ -99,6 +102,9 @@ fn ordered(view: &View<'_>, set: &SetFacts) -> Option<RestoreStep> {
         if let Some(step) = scaled_meanwhile(view, set).filter(|_| is_first) {
             return Some(step);
         }
+        if let Some(step) = held(view) {
+            return Some(step);
+        }
         return Some(RestoreStep::Record(Swap {
             down_since: Some(MicroTime(view.now)),
             replicas: swap.replicas.min(set.replicas),
@@ -106,6 +112,16 @@ fn ordered(view: &View<'_>, set: &SetFacts) -> Option<RestoreStep> {
         }));
     }
     Some(View::scale(set, Work::ScaleDown, swap.replicas_meanwhile))
+}
+
+/// What would keep claims from being deleted is waited for while the application still runs.
+fn held(view: &View<'_>) -> Option<RestoreStep> {
+    let message = view.holds_claims()?;
+    let deadline = view.deadline(view.facts.restore.spec.pvc_deletion_timeout());
+    if view.swap.toward == Toward::Restored && view.now >= deadline {
+        return Some(view.give_up(CLAIM_HELD, &message));
+    }
+    Some(RestoreStep::wait(CLAIM_HELD, message, Some(later(view.now, LOOK_AGAIN))))
 }
 
 fn scale_down_yourself(view: &View<'_>, set: &SetFacts) -> RestoreStep {
@@ -304,12 +320,12 @@ fn delete_claims(view: &View<'_>, going: &[(&SwapVolume, &ClaimFacts)]) -> Resto
         .volumes
         .iter()
         .filter(|volume| !is_ready(volume) && view.target(volume).is_some())
-        .map(|volume| volume.claim.as_str())
         .collect();
     let look_again = Some(later(view.now, LOOK_AGAIN));
     if !unready.is_empty() {
-        let message = format!("volumes are being reserved for {}", unready.join(", "));
-        return RestoreStep::wait("Reserving", message, look_again);
+        let reason = if view.now >= swap_deadline(view) { "NotReserved" } else { "Reserving" };
+        let message = format!("claims go once volumes are reserved for them: {}", told(view, &unready));
+        return RestoreStep::wait(reason, message, look_again);
     }
     if let Some(step) = pods_gone(view) {
         return step;
@@ -327,7 +343,7 @@ fn delete_claims(view: &View<'_>, going: &[(&SwapVolume, &ClaimFacts)]) -> Resto
 
 /// What claims are waiting for.
 fn until_bound(view: &View<'_>) -> RestoreStep {
-    let deadline = view.deadline(view.facts.restore.spec.pvc_deletion_timeout());
+    let deadline = swap_deadline(view);
     let is_late = view.now >= deadline;
     let until = if is_late { later(view.now, LOOK_AGAIN) } else { deadline };
     let ending = |volume: &SwapVolume| {
@@ -335,7 +351,12 @@ fn until_bound(view: &View<'_>) -> RestoreStep {
     };
     let ending: Vec<_> = view.swap.volumes.iter().filter_map(ending).collect();
     if ending.is_empty() {
-        return RestoreStep::wait("Binding", "the claims are being bound to their volumes", Some(until));
+        let is_unbound =
+            |volume: &&SwapVolume| !view.target(volume).is_some_and(|pv| view.is_bound(volume, pv));
+        let unbound: Vec<_> = view.swap.volumes.iter().filter(is_unbound).collect();
+        let reason = if is_late { "NotBound" } else { "Binding" };
+        let message = format!("claims are being bound to their volumes: {}", told(view, &unbound));
+        return RestoreStep::wait(reason, message, Some(until));
     }
     if !is_late {
         return RestoreStep::wait("Exchanging", "the claims are going", Some(until));
@@ -352,6 +373,30 @@ fn until_bound(view: &View<'_>) -> RestoreStep {
         stuck.join("; ")
     );
     RestoreStep::wait("ClaimStuck", message, Some(until))
+}
+
+/// When an exchange takes longer than it should.
+fn swap_deadline(view: &View<'_>) -> Timestamp {
+    view.deadline(view.facts.restore.spec.pvc_deletion_timeout())
+}
+
+/// Claims and the volumes that they are to have, for people who look what keeps them apart.
+fn told(view: &View<'_>, volumes: &[&SwapVolume]) -> String {
+    let told = volumes.iter().map(|volume| {
+        let claim = view.claim(volume).map_or("missing", |claim| &claim.phase);
+        let pv = view.target(volume);
+        let found = pv.and_then(|pv| view.pv(pv));
+        let kept_for = found.and_then(|found| found.claim.as_ref());
+        let kept_for =
+            kept_for.map_or_else(String::new, |claim| format!(" for {}/{}", claim.namespace, claim.name));
+        format!(
+            "{} ({claim}), PersistentVolume {} ({}{kept_for})",
+            volume.claim,
+            pv.map_or("none", |pv| &pv.name),
+            found.map_or("missing", |found| &found.phase),
+        )
+    });
+    told.collect::<Vec<_>>().join("; ")
 }
 
 /// The pods come back.
@@ -378,8 +423,8 @@ pub(super) fn scaling_up(view: &View<'_>) -> RestoreStep {
         return RestoreStep::Record(Swap { generation: Some(set.generation), ..swap.clone() });
     }
     let late = unready(view, set);
-    if late.is_empty() && !view.all_bound() && !set.deletes_claims {
-        // What an agent that has died asked for can come late.
+    if late.is_empty() && serves_others(view, set) {
+        // What an agent that has died asked for can come late, and a user can delete a claim of a pod that is held.
         return RestoreStep::Record(Swap { generation: None, ..view.at(SwapStep::ScalingDown) });
     }
     if late.is_empty() {
@@ -401,6 +446,15 @@ pub(super) fn scaling_up(view: &View<'_>) -> RestoreStep {
     }
     let message = if may_go_back { format!("{message}. {}", way_back(view)) } else { message };
     RestoreStep::wait(PODS_NOT_READY, message, Some(later(view.now, LOOK_AGAIN)))
+}
+
+/// Some pod runs on another volume than its claim is to have.
+fn serves_others(view: &View<'_>, set: &SetFacts) -> bool {
+    let running = set.start..set.start.saturating_add(set.replicas);
+    // Claims of pods that are scaled away go with them.
+    let is_to_stay = |volume: &&SwapVolume| !set.deletes_claims || running.contains(&volume.ordinal);
+    let is_bound = |volume: &SwapVolume| view.target(volume).is_some_and(|pv| view.is_bound(volume, pv));
+    !view.swap.volumes.iter().filter(is_to_stay).all(is_bound)
 }
 
 /// How a user brings the old volumes back.

@@ -10,6 +10,7 @@ use sts_backup_api::names::{
     APPROVED_PLAN_ANNOTATION, EXPIRES_AT_ANNOTATION, FOR_CLAIM_ANNOTATION, RECLAIM_POLICY_ANNOTATION,
     RESTORE_FINALIZER, RESTORE_LABEL, ROLLBACK_REQUESTED_AT_ANNOTATION,
 };
+use sts_backup_api::points::bytes;
 use sts_backup_api::restore::{StatefulSetRestore, StatefulSetRestoreStatus};
 use sts_backup_api::run::request_key;
 use sts_backup_api::swap::Swap;
@@ -312,7 +313,7 @@ impl VolumeFacts {
             provisioned_by: annotation(PROVISIONED_BY_ANNOTATION),
             handle: csi.map(|csi| csi.volume_handle.clone()),
             fs_type: csi.and_then(|csi| csi.fs_type.clone()).filter(|fs_type| !fs_type.is_empty()),
-            bytes: capacity.and_then(bytes),
+            bytes: capacity.and_then(|Quantity(capacity)| bytes(capacity)),
             affinity: spec.and_then(|spec| spec.node_affinity.clone()),
         }
     }
@@ -330,57 +331,5 @@ impl VolumeFacts {
     /// Nothing has it, but something had.
     pub(super) fn is_free(&self) -> bool {
         matches!(self.phase.as_str(), "Released" | "Available")
-    }
-}
-
-/// The bytes that a quantity means, rounded up:
-/// <https://kubernetes.io/docs/reference/kubernetes-api/common-definitions/quantity/>.
-pub(super) fn bytes(Quantity(text): &Quantity) -> Option<i64> {
-    const SUFFIXES: [(&str, u32, u32); 13] = [
-        ("Ki", 1024, 1),
-        ("Mi", 1024, 2),
-        ("Gi", 1024, 3),
-        ("Ti", 1024, 4),
-        ("Pi", 1024, 5),
-        ("Ei", 1024, 6),
-        ("k", 1000, 1),
-        ("M", 1000, 2),
-        ("G", 1000, 3),
-        ("T", 1000, 4),
-        ("P", 1000, 5),
-        ("E", 1000, 6),
-        ("", 1, 1),
-    ];
-    let (number, base, power) = SUFFIXES
-        .iter()
-        .find_map(|(suffix, base, power)| Some((text.strip_suffix(suffix)?, *base, *power)))?;
-    let unit = i64::from(base).checked_pow(power)?;
-    match number.split_once('.') {
-        None => number.parse::<i64>().ok()?.checked_mul(unit),
-        Some((whole, fraction)) => {
-            let scale = 10_i128.checked_pow(u32::try_from(fraction.len()).ok()?)?;
-            let digits: i128 = format!("{whole}{fraction}").parse().ok()?;
-            let product = digits.checked_mul(i128::from(unit))?;
-            i64::try_from((product + scale - 1) / scale).ok()
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn quantities_are_bytes() {
-        for (text, expected) in [
-            ("1073741824", Some(1 << 30)),
-            ("1Gi", Some(1 << 30)),
-            ("1.5Gi", Some(3 << 29)),
-            ("2G", Some(2_000_000_000)),
-            ("0.5k", Some(500)),
-            ("x", None),
-        ] {
-            assert_eq!(bytes(&Quantity(text.to_owned())), expected, "{text}");
-        }
     }
 }

@@ -101,6 +101,8 @@ pub(super) struct Cluster {
     late: Vec<Write>,
     /// Storage volumes that pods wrote to while others had older or newer data.
     tainted: BTreeSet<String>,
+    /// Claims that their user deleted: the next pod finds them empty.
+    emptied: BTreeSet<String>,
     /// Volumes that were wanted once.
     wanted: BTreeSet<String>,
     /// How it ended.
@@ -183,6 +185,7 @@ impl Cluster {
             work: None,
             late: Vec::new(),
             tainted: BTreeSet::new(),
+            emptied: BTreeSet::new(),
             wanted: BTreeSet::new(),
             ended: None,
             writes: 0,
@@ -232,6 +235,7 @@ impl Cluster {
                     template: (*template).to_owned(),
                     ordinal,
                     snapshot,
+                    snapshot_uid: None,
                     size_bytes: BYTES,
                     node: None,
                     manifest: json!({
@@ -514,10 +518,27 @@ impl Cluster {
     fn collect_claim(&mut self, name: &str) -> bool {
         let ends = self.claims.get(name).is_some_and(|claim| claim.metadata.deletion_timestamp.is_some());
         let is_named = self.pods.values().any(|pod| names(pod).contains(name));
-        if ends && !is_named {
+        let goes = ends && !is_named && self.claims[name].finalizers().is_empty();
+        if goes {
             self.claims.remove(name);
         }
-        ends && !is_named
+        goes
+    }
+
+    /// Somebody puts a finalizer on a claim, or takes it away.
+    pub(super) fn hold_claim(&mut self, name: &str, is_held: bool) {
+        let finalizers = is_held.then(|| vec!["example.com/hold".to_owned()]);
+        self.claims.get_mut(name).unwrap().metadata.finalizers = finalizers;
+    }
+
+    /// The user deletes a claim, and the pod that uses it.
+    pub(super) fn empty_replica(&mut self, ordinal: i32) {
+        let claim = format!("data-db-{ordinal}");
+        self.say(format!("its user deletes {claim}"));
+        self.end_claim(&claim);
+        self.emptied.insert(claim);
+        let pod = self.pods.get_mut(&format!("db-{ordinal}")).unwrap();
+        pod.metadata.deletion_timestamp = Some(Time(self.now));
     }
 
     // The controllers of the cluster: each does one thing, and says whether there was one.
@@ -936,6 +957,7 @@ impl Cluster {
                     }
                     // With whenScaled: Delete, a claim that is to keep its volume is gone before that can wait for its name.
                     Data::Fresh(_) if self.setting.deletes_claims && is_logs => {}
+                    Data::Fresh(_) if self.emptied.contains(&name) => {}
                     Data::Fresh(_) if !self.setting.lacks_last && self.restore_began() => {
                         self.fail(&format!("{name} is empty"));
                     }

@@ -17,8 +17,8 @@ use sts_backup_api::swap::{Swap, SwapStep};
 use super::facts::{Objects, RestoreFacts, World};
 use super::plan::plan;
 use super::survey::survey;
-use crate::backup::error::{Error, Result};
 use crate::clock;
+use crate::error::{Error, Result};
 
 /// How many objects are read at once.
 const PARALLEL_READS: usize = 16;
@@ -115,10 +115,14 @@ async fn usable_snapshots(client: &Client, namespace: &str, swap: &Swap) -> Resu
     let snapshots: Api<VolumeSnapshot> = Api::namespaced(client.clone(), namespace);
     let contents: Api<VolumeSnapshotContent> = Api::all(client.clone());
     let wanted = swap.volumes.iter().filter(|volume| volume.restored.is_none());
-    let wanted: BTreeSet<String> = wanted.filter_map(|volume| volume.snapshot.clone()).collect();
-    let look = async |name: String| {
+    let wanted: BTreeSet<_> =
+        wanted.filter_map(|volume| Some((volume.snapshot.clone()?, volume.snapshot_uid.clone()))).collect();
+    let look = async |(name, uid): (String, Option<String>)| {
         let found = snapshots.get_opt(&name).await.map_err(Error::request("get the VolumeSnapshot"))?;
-        let Some(found) = found.filter(|found| found.metadata.deletion_timestamp.is_none()) else {
+        let is_it = |found: &VolumeSnapshot| {
+            found.metadata.deletion_timestamp.is_none() && (uid.is_none() || found.metadata.uid == uid)
+        };
+        let Some(found) = found.filter(is_it) else {
             return Ok(None);
         };
         let content = found.status.and_then(|status| status.bound_volume_snapshot_content_name);

@@ -297,6 +297,7 @@ fn hash(choice: &Choice<'_>, swap: &Swap, volumes: &[PlannedVolume]) -> String {
             claim.clone(),
             format!("{action:?}"),
             snapshot.clone().unwrap_or_default(),
+            volume.snapshot_uid.clone().unwrap_or_default(),
             old_volume.clone().unwrap_or_default(),
             claim_uid.unwrap_or_default(),
         ]);

@@ -214,7 +214,8 @@ fn lost_snapshot(view: &View<'_>, volume: &SwapVolume) -> Option<RestoreStep> {
     }
     let namespace = view.facts.target_namespace();
     let message = format!(
-        "VolumeSnapshot {namespace}/{snapshot} or its content is gone: restore another recovery point"
+        "VolumeSnapshot {namespace}/{snapshot} or its content is gone, or another one has its name: restore another recovery \
+         point"
     );
     Some(view.give_up("SnapshotGone", &message))
 }

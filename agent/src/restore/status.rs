@@ -10,7 +10,8 @@ use sts_backup_api::run::Failure;
 use sts_backup_api::swap::{Swap, SwapStep, SwapVolume, Toward};
 
 use super::decide::{
-    NAMESPACE_TERMINATING, Outcome, PODS_NOT_READY, QUEUED, ROLLED_BACK, RestoreStep, Why, later, unapproved,
+    CLAIM_HELD, NAMESPACE_TERMINATING, Outcome, PODS_NOT_READY, QUEUED, ROLLED_BACK, RestoreStep, Why, later,
+    unapproved,
 };
 use super::facts::RestoreFacts;
 use super::view::View;
@@ -20,8 +21,18 @@ use crate::events::Note;
 pub(super) const SUCCEEDED: &str = "Succeeded";
 
 /// What a restore under way waits for that may need somebody.
-const STUCK: [&str; 7] =
-    [PODS_NOT_READY, "ClaimRefused", "ClaimStuck", "NotScaledDown", "PodsGoing", "Refused", "VolumeGone"];
+const STUCK: [&str; 10] = [
+    PODS_NOT_READY,
+    CLAIM_HELD,
+    "ClaimRefused",
+    "ClaimStuck",
+    "NotBound",
+    "NotReserved",
+    "NotScaledDown",
+    "PodsGoing",
+    "Refused",
+    "VolumeGone",
+];
 
 /// The status after the step is written down, and before it is done.
 pub(super) fn next_status(

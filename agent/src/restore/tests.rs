@@ -166,6 +166,50 @@ fn pods_that_do_not_become_ready_get_their_old_data_back_where_that_is_wanted() 
     assert_eq!(finish(&mut cluster), Some(RestorePhase::RolledBack));
 }
 
+fn pods(cluster: &Cluster) -> Vec<Option<String>> {
+    cluster.pods.values().map(kube::ResourceExt::uid).collect()
+}
+
+#[test]
+fn no_pod_goes_for_a_claim_that_could_not_be_deleted() {
+    for setting in settings().into_iter().filter(|setting| !setting.lacks_last) {
+        let mut cluster = Cluster::new(&setting);
+        let before = pods(&cluster);
+        cluster.hold_claim("data-db-2", true);
+        assert_eq!(finish(&mut cluster), Some(RestorePhase::Failed), "{setting:?}");
+        assert_eq!(pods(&cluster), before, "{setting:?}");
+    }
+}
+
+#[test]
+fn a_rollback_begins_once_nobody_holds_its_claims() {
+    for setting in settings() {
+        let mut cluster = Cluster::new(&setting);
+        cluster.rest();
+        let before = pods(&cluster);
+        cluster.hold_claim("data-db-2", true);
+        request_rollback(&mut cluster);
+        cluster.rest();
+        assert_eq!((cluster.ended, pods(&cluster)), (Some(RestorePhase::Completed), before), "{setting:?}");
+        cluster.hold_claim("data-db-2", false);
+        assert_eq!(finish(&mut cluster), Some(RestorePhase::RolledBack), "{setting:?}");
+    }
+}
+
+#[test]
+fn a_claim_that_its_user_deletes_while_pods_are_held_gets_its_data_again() {
+    for setting in settings().into_iter().filter(|setting| !setting.retain && !setting.lacks_last) {
+        let mut cluster = Cluster::new(&setting);
+        cluster.is_new_broken = true;
+        cluster.rest();
+        assert_eq!(cluster.ended, None, "{setting:?}");
+        cluster.empty_replica(if setting.parallel { 2 } else { setting.from });
+        cluster.rest();
+        cluster.is_new_broken = false;
+        assert_eq!(finish(&mut cluster), Some(RestorePhase::Completed), "{setting:?}");
+    }
+}
+
 /// Something that happens. The numbers choose which of several.
 #[derive(Clone, Copy, Debug)]
 enum Happening {

@@ -9,6 +9,7 @@ use sts_backup_api::swap::{Swap, SwapPv, SwapStep, SwapVolume, Toward};
 
 use super::decide::{RestoreStep, VolumeChange, Work, Write, later};
 use super::facts::{ClaimFacts, PodFacts, RestoreFacts, SetFacts, VolumeFacts, World};
+use super::volumes::is_held_by;
 
 /// The uid of no claim: a volume that names it is bound to nothing, and nothing gets it.
 pub(super) const NO_CLAIM: &str = "00000000-0000-0000-0000-000000000000";
@@ -123,14 +124,35 @@ impl<'a> View<'a> {
             Some(set) => set.start.saturating_add(self.swap.replicas_meanwhile),
             None => self.swap.volumes.iter().map(|volume| volume.ordinal).min().unwrap_or_default(),
         };
-        let may_go = |volume: &SwapVolume| {
-            volume.snapshot.is_some() || self.set().is_some_and(|set| set.deletes_claims)
-        };
-        let volumes = || self.swap.volumes.iter().filter(|volume| may_go(volume));
+        let volumes = || self.swap.volumes.iter().filter(|volume| self.may_go(volume));
         let names_ours = |pod: &PodFacts| volumes().any(|volume| pod.claims.contains(&volume.claim));
         let is_in_the_way =
             |pod: &&PodFacts| pod.ordinal.is_some_and(|ordinal| ordinal >= lowest) || names_ours(pod);
         self.world.pods.iter().filter(is_in_the_way).collect()
+    }
+
+    /// Who keeps claims from being deleted, and what to do about it.
+    pub(super) fn holds_claims(&self) -> Option<String> {
+        let mut found = Vec::new();
+        for volume in self.swap.volumes.iter().filter(|volume| self.may_go(volume)) {
+            let name = &volume.claim;
+            for finalizer in self.claim(volume).into_iter().flat_map(|claim| &claim.finalizers) {
+                if is_held_by(finalizer) {
+                    found.push(format!("PersistentVolumeClaim {name} has the finalizer {finalizer}"));
+                }
+            }
+            let foreign =
+                self.world.pods.iter().filter(|pod| pod.ordinal.is_none() && pod.claims.contains(name));
+            found.extend(foreign.map(|pod| format!("Pod {} uses PersistentVolumeClaim {name}", pod.name)));
+        }
+        let remedy =
+            "claims have to go, and could not: remove what holds them, or wait for snapshots to be ready";
+        (!found.is_empty()).then(|| format!("{remedy}: {}", found.join("; ")))
+    }
+
+    /// Whether the claim of a volume goes in an exchange: as it is swapped, or with its pod.
+    fn may_go(&self, volume: &SwapVolume) -> bool {
+        volume.snapshot.is_some() || self.set().is_some_and(|set| set.deletes_claims)
     }
 
     /// Why the old volumes cannot come back.

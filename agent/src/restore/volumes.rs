@@ -28,8 +28,21 @@ const YOUNG: SignedDuration = SignedDuration::from_mins(1);
 /// How long storage may take to make a snapshot ready that it has cut.
 const READY_WITHIN: SignedDuration = SignedDuration::from_hours(1);
 
-/// Finalizers of claims that go by themselves, by their beginning.
-const OWN_FINALIZERS: [&str; 2] = ["kubernetes.io/pvc-protection", "snapshot.storage.kubernetes.io/"];
+/// On claims that are used by pods; goes by itself.
+const PROTECTION_FINALIZER: &str = "kubernetes.io/pvc-protection";
+
+/// On claims of which snapshots are being cut, by its beginning; goes by itself once they are ready.
+const SNAPSHOT_FINALIZERS: &str = "snapshot.storage.kubernetes.io/";
+
+/// What keeps a claim from being deleted, by its finalizers: a finalizer of somebody else, or a snapshot that is not ready.
+pub(super) fn is_held_by(finalizer: &str) -> bool {
+    finalizer != PROTECTION_FINALIZER
+}
+
+/// Whether a finalizer of a claim is none of those that go by themselves.
+fn is_foreign(finalizer: &str) -> bool {
+    is_held_by(finalizer) && !finalizer.starts_with(SNAPSHOT_FINALIZERS)
+}
 
 /// What becomes of a claim; none: nothing, or something was found in its way.
 pub(super) fn swap_volume(
@@ -64,6 +77,7 @@ pub(super) fn swap_volume(
         template: id.template.clone(),
         ordinal: id.ordinal,
         snapshot: snapshot.map(ResourceExt::name_any),
+        snapshot_uid: snapshot.and_then(ResourceExt::uid),
         size_bytes,
         node,
         manifest: serde_json::to_string(&recorded).expect("a claim that was read can be written"),
@@ -151,9 +165,7 @@ fn reclaim_policy(volume: &PersistentVolume) -> &str {
 /// Whether a claim goes when it is deleted: one that is stuck in its deletion cannot be taken back.
 fn deletable(claim: &PersistentVolumeClaim, ground: &Ground<'_>, findings: &mut Findings) {
     let name = claim.name_any();
-    let foreign =
-        claim.finalizers().iter().filter(|found| !OWN_FINALIZERS.iter().any(|own| found.starts_with(own)));
-    for finalizer in foreign {
+    for finalizer in claim.finalizers().iter().filter(|finalizer| is_foreign(finalizer)) {
         let message = format!(
             "PersistentVolumeClaim {name} has the finalizer {finalizer}, which would keep it from being deleted: see whose \
              it is, and remove it"

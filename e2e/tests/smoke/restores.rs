@@ -4,8 +4,10 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use jiff::Timestamp;
 use k8s_openapi::api::apps::v1::StatefulSet;
 use k8s_openapi::api::core::v1::{PersistentVolume, PersistentVolumeClaim, Pod};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use kube::api::{DeleteParams, Patch, PatchParams};
 use kube::{Api, ResourceExt};
 use serde_json::{Value, json};
@@ -111,6 +113,35 @@ async fn a_dry_run_stops_at_its_plan_and_only_the_plan_that_was_approved_runs() 
             restore.await_completed().await?;
             // The newer point was taken of the later data.
             drill.ensure_serves(LATER).await
+        },
+    )
+    .await
+}
+
+#[tokio::test]
+#[ignore = "needs clusters: cargo e2e test"]
+async fn a_time_means_the_newest_point_that_is_not_later() -> Result<()> {
+    with_restore_drill(
+        |app| app,
+        async |_, drill| {
+            drill.backup().request("later").await?;
+            let later = drill.backup().await_runs(2).await?;
+            let point_at = |name: &'static str, time: Timestamp| {
+                drill.restore(name, move |spec| {
+                    spec.point_in_time = Some(Time(time));
+                    spec.dry_run = true;
+                })
+            };
+            // Before that, and long after the first one was cut, which takes seconds to be ready.
+            let time = later.started.0 - Duration::from_millis(1);
+            let plan = point_at("until-later", time + WINDOW).await?.await_planned().await?;
+            ensure!(plan.point == later.id.as_str(), "{plan:?}");
+            let long_ago = point_at("long-ago", time - Duration::from_hours(1)).await?;
+            long_ago.await_refused(&["no complete recovery point"]).await?;
+
+            let restore = drill.restore("back", |spec| spec.point_in_time = Some(Time(time))).await?;
+            restore.await_completed().await?;
+            drill.ensure_serves(POINT).await
         },
     )
     .await

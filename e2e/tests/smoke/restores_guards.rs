@@ -4,14 +4,18 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use k8s_openapi::api::core::v1::PersistentVolumeClaim;
-use kube::api::DeleteParams;
+use kube::Api;
+use kube::api::{DeleteParams, Patch, PatchParams};
+use serde_json::json;
 use sts_backup_api::restore::RestorePhase;
 use sts_backup_api::run::RunResult;
 use sts_backup_api::snapshot::VolumeSnapshot;
 use sts_backup_e2e::condition::await_any;
 use sts_backup_e2e::kit::class::{Binding, create_storage_class};
-use sts_backup_e2e::kit::restore_drill::{LATER, POINT, await_untouched, footprint};
+use sts_backup_e2e::kit::restore_drill::{LATER, POINT, await_untouched, ensure_untouched, footprint};
 use sts_backup_e2e::kit::{App, Cluster, Namespace, RestoreDrill, with_temp_namespace};
+
+use crate::with_restore_drill;
 
 const TIMEOUT: Duration = Duration::from_mins(1);
 
@@ -75,6 +79,38 @@ async fn a_restore_that_is_deleted_while_it_prepares_leaves_the_application_as_i
         drill.volumes().await_only_those_of_claims().await?;
         drill.ensure_serves(LATER).await
     })
+    .await
+}
+
+/// What holds a claim, as a user would see it.
+const FINALIZER: &str = "e2e.sts-backup.io/hold";
+
+#[tokio::test]
+#[ignore = "needs clusters: cargo e2e test"]
+async fn a_rollback_that_could_not_delete_a_claim_waits_while_the_application_runs() -> Result<()> {
+    with_restore_drill(
+        |app| app,
+        async |ns, drill| {
+            let restore = drill.restore("back", |_| ()).await?;
+            restore.await_completed().await?;
+            let claims: Api<PersistentVolumeClaim> = ns.api();
+            let finalizers = claims.get("data-app-0").await?.metadata.finalizers.unwrap_or_default();
+            let hold = async |finalizers: &[String]| {
+                let patch = Patch::Merge(json!({ "metadata": { "finalizers": finalizers } }));
+                claims.patch("data-app-0", &PatchParams::default(), &patch).await
+            };
+            hold(&[&finalizers[..], &[FINALIZER.to_owned()]].concat()).await?;
+            let before = footprint(ns).await?;
+
+            restore.request_rollback().await?;
+            restore.await_saying(&["data-app-0", FINALIZER]).await?;
+            restore.await_event("ClaimHeld").await?;
+            ensure_untouched(ns, &before).await?;
+            hold(&finalizers).await?;
+            restore.await_rolled_back().await?;
+            drill.ensure_serves(LATER).await
+        },
+    )
     .await
 }
 
