@@ -277,6 +277,12 @@ pub(super) struct Order {
     /// Only these ordinals, such as 2,3 [default: all of the recovery point]
     #[arg(long, value_name = "ORDINALS", value_delimiter = ',', value_parser = clap::value_parser!(i32).range(0..))]
     pub(super) replicas: Vec<i32>,
+    /// How long the old volumes stay to be brought back, such as 72h [default: 24h]
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
+    pub(super) rollback_window: Option<Duration>,
+    /// What follows when the pods do not become ready in time
+    #[arg(long, value_enum, value_name = "WHAT", default_value = "hold")]
+    pub(super) on_failure: OnUnready,
     /// Only show the plan
     #[arg(long, conflicts_with_all = ["wait", "yes"])]
     pub(super) dry_run: bool,
@@ -293,6 +299,15 @@ pub(super) struct Order {
     /// How to print the plan; all else goes to standard error [default: a table]
     #[arg(short, long, value_enum, value_name = "FORMAT")]
     pub(super) output: Option<DataFormat>,
+}
+
+/// What follows when pods do not become ready after a restore.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum OnUnready {
+    /// Everything stays, and it completes once they are ready
+    Hold,
+    /// The old volumes come back
+    Rollback,
 }
 
 /// Which data a `StatefulSet` gets.

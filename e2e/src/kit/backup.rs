@@ -14,6 +14,7 @@ use sts_backup_api::names::{BACKUP_LABEL, REQUESTED_AT_ANNOTATION, RUN_LABEL};
 use sts_backup_api::run::{RunId, RunRecord};
 use sts_backup_api::snapshot::VolumeSnapshot;
 
+use super::columns::columns;
 use super::{Namespace, manifest};
 use crate::condition::{await_condition, await_deleted, await_event, await_none};
 
@@ -115,14 +116,7 @@ impl Backup {
     /// # Errors
     /// When it cannot be read.
     pub async fn columns(&self) -> Result<BTreeMap<String, Value>> {
-        let table = hyper::Request::get(format!("{}/{}", self.api().resource_url(), self.name))
-            .header(hyper::header::ACCEPT, "application/json;as=Table;g=meta.k8s.io;v=v1")
-            .body(Vec::new())?;
-        let table: Value = self.ns.cluster().client().request(table).await?;
-        let names = table["columnDefinitions"].as_array().context("a table has columns")?;
-        let names = names.iter().filter_map(|column| column["name"].as_str().map(str::to_owned));
-        let cells = table["rows"][0]["cells"].as_array().context("a table of one object has a row")?;
-        Ok(names.zip(cells.iter().cloned()).collect())
+        columns(&self.ns.cluster().client(), &self.api(), &self.name).await
     }
 
     /// Asks for its deletion, and does not wait.

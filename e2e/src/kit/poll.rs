@@ -14,7 +14,7 @@ const PAUSE: Duration = Duration::from_millis(200);
 ///
 /// # Errors
 /// The question's own error, at once, or that the answer was no for half a minute.
-pub(super) async fn until(what: &str, question: impl AsyncFn() -> Result<bool>) -> Result<()> {
+pub async fn until(what: &str, question: impl AsyncFn() -> Result<bool>) -> Result<()> {
     let answered = async {
         while !question().await? {
             tokio::time::sleep(PAUSE).await;

@@ -209,6 +209,12 @@ pub fn is_deletion_of_claim(method: &Method, uri: &Uri) -> bool {
     method == Method::DELETE && name.is_some_and(|name| !name.contains("-restore-"))
 }
 
+/// Scales a `StatefulSet`.
+#[must_use]
+pub fn is_scale(method: &Method, uri: &Uri) -> bool {
+    method == Method::PATCH && uri.path().ends_with("/scale")
+}
+
 /// Runs the pre hook of a [drill](super::drill), which has a word of its trace.
 #[must_use]
 pub fn is_pre_hook(_method: &Method, uri: &Uri) -> bool {

@@ -1,5 +1,6 @@
 //! A `StatefulSetRestore` under test: made, watched until it ends, rolled back.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -14,6 +15,7 @@ use sts_backup_api::restore::{
     RestorePhase, RestorePlan, StatefulSetRestore, StatefulSetRestoreSpec, StatefulSetRestoreStatus,
 };
 
+use super::columns::columns;
 use super::{Namespace, manifest};
 use crate::condition::{await_condition, await_deleted, await_event};
 
@@ -89,6 +91,14 @@ impl Restore {
     /// When it cannot be read.
     pub async fn status(&self) -> Result<StatefulSetRestoreStatus> {
         Ok(self.get().await?.status.unwrap_or_default())
+    }
+
+    /// What `kubectl get` prints of it, by column.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub async fn columns(&self) -> Result<BTreeMap<String, Value>> {
+        columns(&self.ns.cluster().client(), &self.api(), &self.name).await
     }
 
     /// Sets an annotation of it.

@@ -10,6 +10,7 @@ mod leases;
 mod policies;
 mod restore_crashes;
 mod restores;
+mod restores_admission;
 mod restores_contested;
 mod retention;
 mod schedules;

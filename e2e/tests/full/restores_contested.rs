@@ -4,12 +4,13 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use axum::http::{Method, Uri};
 use k8s_openapi::api::core::v1::PersistentVolumeClaim;
 use kube::Api;
 use kube::api::DeleteParams;
 use sts_backup_api::restore::{RestorePhase, StatefulSetRestoreStatus};
 use sts_backup_e2e::condition::await_deleted;
-use sts_backup_e2e::kit::proxy::{ApiProxy, is_deletion_of_claim};
+use sts_backup_e2e::kit::proxy::{ApiProxy, is_deletion_of_claim, is_scale};
 use sts_backup_e2e::kit::restore_drill::POINT;
 use sts_backup_e2e::kit::{App, RestoreDrill};
 use tokio::task::JoinHandle;
@@ -46,10 +47,16 @@ fn has_ended(status: &StatefulSetRestoreStatus) -> bool {
     matches!(status.phase, Some(RestorePhase::Completed | RestorePhase::Failed | RestorePhase::RolledBack))
 }
 
-/// Lets somebody scale from the first deletion of a claim until the restore has ended, or was contested for the last time.
-async fn contest(drill: &RestoreDrill, proxy: &ApiProxy, through: &'static [i32]) -> Result<()> {
+/// Lets somebody scale from the first such request of the agent until the restore has ended, or was contested for the last
+/// time.
+async fn contest(
+    drill: &RestoreDrill,
+    proxy: &ApiProxy,
+    from: fn(&Method, &Uri) -> bool,
+    through: &'static [i32],
+) -> Result<()> {
     let replicas = i32::try_from(drill.app().ordinals().len())?;
-    let held = proxy.hold(is_deletion_of_claim);
+    let held = proxy.hold(from);
     let restore = drill.restore("back", |_| ()).await?;
     held.await_hits(1).await;
     let foreigner = Foreigner::scales(drill.app(), through);
@@ -72,8 +79,11 @@ async fn contest(drill: &RestoreDrill, proxy: &ApiProxy, through: &'static [i32]
 #[tokio::test]
 #[ignore = "needs clusters: cargo e2e test --tier full"]
 async fn pods_that_somebody_scales_up_in_the_middle_never_meet_an_empty_volume() -> Result<()> {
-    alone_with_restore_drill(|app| app.replicas(3), async |_, drill, proxy| contest(drill, proxy, &[3]).await)
-        .await
+    alone_with_restore_drill(
+        |app| app.replicas(3),
+        async |_, drill, proxy| contest(drill, proxy, is_deletion_of_claim, &[3]).await,
+    )
+    .await
 }
 
 #[tokio::test]
@@ -81,7 +91,7 @@ async fn pods_that_somebody_scales_up_in_the_middle_never_meet_an_empty_volume()
 async fn somebody_who_scales_up_and_down_all_the_time_never_makes_an_empty_volume() -> Result<()> {
     alone_with_restore_drill(
         |app| app.replicas(3),
-        async |_, drill, proxy| contest(drill, proxy, &[3, 0, 0]).await,
+        async |_, drill, proxy| contest(drill, proxy, is_deletion_of_claim, &[3, 0, 0]).await,
     )
     .await
 }
@@ -91,7 +101,8 @@ async fn somebody_who_scales_up_and_down_all_the_time_never_makes_an_empty_volum
 async fn claims_that_go_with_their_pods_stay_ours_while_somebody_scales() -> Result<()> {
     alone_with_restore_drill(
         |app| app.replicas(3).claims_go(),
-        async |_, drill, proxy| contest(drill, proxy, &[3, 0, 1]).await,
+        // Claims go with their pods: the agent deletes none.
+        async |_, drill, proxy| contest(drill, proxy, is_scale, &[3, 0, 1]).await,
     )
     .await
 }

@@ -16,13 +16,14 @@ use sts_backup_api::restore::{OnFailure, StatefulSetRestoreSpec, StatefulSetRest
 use sts_backup_api::run::RunResult;
 use sts_backup_api::snapshot::VolumeSnapshot;
 use sts_backup_e2e::condition::{await_deleted, snapshot_ready};
+use sts_backup_e2e::kit::agent::Agent;
 use sts_backup_e2e::kit::class::create_host_volume;
 use sts_backup_e2e::kit::restore::SUCCEEDED;
 use sts_backup_e2e::kit::restore_drill::{
     BACKUP, LATER, POINT, ensure_released, ensure_untouched, footprint,
 };
 use sts_backup_e2e::kit::snapshot::{await_snapshot, take_snapshot};
-use sts_backup_e2e::kit::{App, Backup, Cluster, Postgres, Restore, Volumes, with_temp_namespace};
+use sts_backup_e2e::kit::{App, Backup, Cluster, Namespace, Postgres, Restore, Volumes, with_temp_namespace};
 
 use crate::with_restore_drill;
 
@@ -60,12 +61,14 @@ async fn postgres_has_the_rows_of_the_point_and_after_a_rollback_the_later_ones_
         }
         let plan = status.plan.as_ref().context("it has a plan")?;
         ensure!(plan.point == record.id.as_str() && plan.backup.as_deref() == Some(BACKUP), "{plan:?}");
+        check_columns(&restore, &plan.point).await?;
 
         database.psql(0, "INSERT INTO rows VALUES (20000)").await?;
         restore.request_rollback().await?;
         restore.await_rolled_back().await?;
         let found = rows().await?;
         ensure!(found == "15000|15000", "after the rollback: {found}");
+        check_metrics(ns).await?;
         volumes.ensure_none_was_empty(&["data-db-0".to_owned()])
     })
     .await
@@ -79,6 +82,37 @@ fn check_completed(status: &StatefulSetRestoreStatus, claims: usize) -> Result<(
     ensure!(status.downtime_seconds.is_some() && status.rollback_until.is_some(), "{status:?}");
     ensure!(status.start_time.is_some() && status.completion_time.is_some(), "{status:?}");
     ensure!(status.original_replicas.is_some(), "{status:?}");
+    Ok(())
+}
+
+/// What `kubectl get` prints of a restore of one claim that has completed.
+async fn check_columns(restore: &Restore, point: &str) -> Result<()> {
+    let columns = restore.columns().await?;
+    for (column, expected) in [
+        ("StatefulSet", "db"),
+        ("Backup", BACKUP),
+        ("Point", point),
+        ("Phase", "Completed"),
+        ("Progress", "1/1 volumes"),
+    ] {
+        ensure!(columns[column] == expected, "{column}: {columns:?}");
+    }
+    ensure!(columns["Downtime"].is_i64() && columns["Age"].is_string(), "{columns:?}");
+    Ok(())
+}
+
+/// What the agent counts of a restore that completed and was rolled back.
+async fn check_metrics(ns: &Namespace) -> Result<()> {
+    let labels = format!(r#"{{namespace="{}",statefulset="db"}}"#, ns.name());
+    let expected = [
+        format!("sts_restore_attempt_total{labels} 1"),
+        format!("sts_restore_success_total{labels} 1"),
+        format!("sts_restore_failure_total{labels} 0"),
+        format!("sts_restore_rollback_total{labels} 1"),
+        format!("sts_restore_downtime_seconds_count{labels} 1"),
+    ];
+    let is_told = |metrics: &str| expected.iter().all(|line| metrics.lines().any(|told| told == line));
+    Agent::shared(ns.cluster()).await_metrics(&format!("{expected:#?}"), is_told).await?;
     Ok(())
 }
 

@@ -19,12 +19,12 @@ use kube::runtime::WatchStreamExt;
 use kube::runtime::watcher::watch_object;
 use serde_json::json;
 use sts_backup_api::names::APPROVED_PLAN_ANNOTATION;
-use sts_backup_api::restore::{RestorePlan, StatefulSetRestore, StatefulSetRestoreSpec};
+use sts_backup_api::restore::{OnFailure, RestorePlan, StatefulSetRestore, StatefulSetRestoreSpec};
 
 use self::choose::{Source, choose};
 use self::plan::{downtime, target};
 use self::progress::{End, Planning, planning, restoring};
-use super::args::{Order, Restore, RestoreCommand};
+use super::args::{OnUnready, Order, Restore, RestoreCommand};
 use super::ask::confirmed;
 use super::cluster::{Cluster, patch_params, understand};
 use super::error::{Error, not_found};
@@ -97,6 +97,13 @@ fn order_object(order: &Order, source: Source, now: Timestamp) -> StatefulSetRes
     spec.replicas.sort_unstable();
     // The schema wants each only once.
     spec.replicas.dedup();
+    if let Some(window) = order.rollback_window {
+        spec.rollback_window = window.into();
+    }
+    spec.on_failure = match order.on_failure {
+        OnUnready::Hold => OnFailure::Hold,
+        OnUnready::Rollback => OnFailure::Rollback,
+    };
     spec.dry_run = true;
     StatefulSetRestore::new(&restore_name(&order.stateful_set, now), spec)
 }

@@ -3,7 +3,7 @@ use std::cell::RefCell;
 use serde_json::Value;
 
 use super::*;
-use crate::plugin::args::To;
+use crate::plugin::args::{OnUnready, To};
 
 /// A restore of `shop/db` with that status.
 pub(super) fn restore(status: &Value) -> StatefulSetRestore {
@@ -58,6 +58,8 @@ fn order(stateful_set: &str, replicas: &[i32]) -> Order {
         stateful_set: stateful_set.to_owned(),
         to: To::Latest,
         replicas: replicas.to_vec(),
+        rollback_window: None,
+        on_failure: OnUnready::Hold,
         dry_run: false,
         wait: false,
         yes: false,
@@ -73,6 +75,22 @@ fn what_is_made_only_plans_and_is_named_by_set_and_time() {
     assert_eq!(made.name_any(), "db-20260203-040506");
     assert_eq!((made.spec.dry_run, made.spec.use_latest_backup), (true, Some(true)));
     assert_eq!(made.spec.replicas, [1, 2]);
+    assert_eq!(made.spec, {
+        // What is not asked for is as in a manifest that does not say it.
+        let mut spec = StatefulSetRestoreSpec::new("db");
+        (spec.dry_run, spec.use_latest_backup, spec.replicas) = (true, Some(true), vec![1, 2]);
+        spec
+    });
+    let careful = Order {
+        rollback_window: Some(Duration::from_hours(72)),
+        on_failure: OnUnready::Rollback,
+        ..order("db", &[])
+    };
+    let made = order_object(&careful, Source::Latest, now).spec;
+    assert_eq!(
+        (Duration::from(made.rollback_window), made.on_failure),
+        (Duration::from_hours(72), OnFailure::Rollback)
+    );
 
     let long = restore_name(&format!("{}-{}", "x".repeat(46), "y".repeat(20)), now);
     assert_eq!(long, format!("{}-20260203-040506", "x".repeat(46)));
