@@ -104,8 +104,15 @@ enum Tier {
     Full,
 }
 
-/// How many clusters the tests need.
-const TEST_CLUSTERS: usize = 2;
+impl Tier {
+    /// How many clusters its tests need.
+    fn clusters(self) -> usize {
+        match self {
+            Self::Smoke => 2,
+            Self::Full => 3,
+        }
+    }
+}
 
 #[tokio::main]
 async fn main() -> ExitCode {
@@ -145,7 +152,7 @@ async fn run(command: Command) -> Result<ExitCode> {
             let harness = Harness::open()?;
             {
                 let _lock = harness.lock()?;
-                up(&harness, TEST_CLUSTERS).await?;
+                up(&harness, tier.clusters()).await?;
             }
             test(tier, filter.as_deref()).await
         }
@@ -214,8 +221,8 @@ async fn test(tier: Tier, filter: Option<&str>) -> Result<ExitCode> {
     // They wait for the clusters most of the time, not for this machine's processors.
     let mut passed = cargo_test("smoke", &["--test-threads=6"], filter).await?;
     if tier == Tier::Full {
-        // They have one cluster to themselves, one after the other.
-        passed &= cargo_test("full", &["--test-threads=1", "--nocapture"], filter).await?;
+        // Each has a cluster to itself, of the two without a shared agent.
+        passed &= cargo_test("full", &["--test-threads=2", "--nocapture"], filter).await?;
         // The last ones remake the clusters, and so run alone.
         passed &= cargo_test("harness", &["--test-threads=1"], filter).await?;
     }

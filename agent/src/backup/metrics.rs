@@ -100,13 +100,14 @@ impl BackupMetrics {
     /// A run was begun.
     pub(super) fn started(&self, backup: &StatefulSetBackup) {
         let labels = Labels::of(backup);
+        self.begin(&labels);
         self.attempts.get_or_create(&labels).inc();
-        self.counted.insert(labels);
     }
 
     /// A run has ended.
     pub(super) fn finished(&self, backup: &StatefulSetBackup, record: &RunRecord) {
         let labels = Labels::of(backup);
+        self.begin(&labels);
         let family = match record.result {
             RunResult::Completed => &self.successes,
             RunResult::PartiallyFailed => &self.partial_failures,
@@ -117,16 +118,14 @@ impl BackupMetrics {
         if let Some(freeze) = record.freeze_ms {
             self.freezes.get_or_create(&labels).observe(seconds(freeze));
         }
-        self.counted.insert(labels);
     }
 
-    /// Begins to count for backups that are new: what first appears as 1 is no increase.
-    fn begin(&self, backups: &[Labelled<'_>]) {
-        for (labels, _) in backups.iter().filter(|(labels, _)| !self.counted.contains(labels)) {
+    /// Begins to count for what is new: what first appears as 1 is no increase.
+    fn begin(&self, labels: &Labels) {
+        if self.counted.insert(labels.clone()) {
             for family in [&self.attempts, &self.successes, &self.partial_failures, &self.failures] {
                 drop(family.get_or_create(labels));
             }
-            self.counted.insert(labels.clone());
         }
     }
 
@@ -168,7 +167,9 @@ impl Collector for Scrape {
         let backups = self.store.state();
         let backups: Vec<Labelled<'_>> =
             backups.iter().map(|backup| (Labels::of(backup), &**backup)).collect();
-        self.counted.begin(&backups);
+        for (labels, _) in &backups {
+            self.counted.begin(labels);
+        }
         // Before the first list is complete nothing is known to be gone.
         if self.store.wait_until_ready().now_or_never().is_some() {
             self.counted.keep(&backups.iter().map(|(labels, _)| labels).collect());

@@ -58,6 +58,12 @@ use crate::{app, clock, telemetry};
 /// How long one look at a backup may take before it is given up and tried again.
 const RECONCILE_TIMEOUT: Duration = Duration::from_mins(1);
 
+/// For so long at most a run that has begun waits for others that are due.
+const HEAD_START: Duration = Duration::from_secs(10);
+
+/// How soon it looks whether they have begun.
+const OTHERS_BEGIN: Duration = Duration::from_millis(500);
+
 /// Backs up until `stop` is cancelled, then thaws what is frozen, and returns.
 pub(crate) async fn run(app: app::Context, stop: CancellationToken) {
     let app::Context { client, exec_client, leadership, config, metrics, occupancy } = app;
@@ -159,6 +165,9 @@ async fn next_steps(cached: &StatefulSetBackup, cx: &Arc<Context>) -> Result<Act
         // Its end wakes us; until then the API server is left to those who cut.
         return Ok(Action::await_change());
     }
+    if lets_others_begin(cx, cached) {
+        return Ok(Action::requeue(jittered(OTHERS_BEGIN)));
+    }
     // The cache may lag behind our own writes, and a decision on old facts is a wrong one.
     let Some(mut backup) = perform::refreshed(&cx.client, cached).await? else {
         cx.vacate(cached);
@@ -196,7 +205,6 @@ async fn next_steps(cached: &StatefulSetBackup, cx: &Arc<Context>) -> Result<Act
                 }
                 write(cx, &backup, &facts, &step, now).await?;
                 crash_point!("after-begin");
-                // Of many that are due at once all begin, before any goes on.
                 return Ok(Action::requeue(Duration::ZERO));
             }
             BackupStep::Record(_) | BackupStep::Skip { .. } | BackupStep::RefuseRequest => {
@@ -254,6 +262,22 @@ async fn next_steps(cached: &StatefulSetBackup, cx: &Arc<Context>) -> Result<Act
             }
         }
     }
+}
+
+/// Of many that are due at once all begin, before any goes on, which takes the API server's time: nobody's point is to be
+/// much later than was asked for.
+fn lets_others_begin(cx: &Context, cached: &StatefulSetBackup) -> bool {
+    let now = clock::now();
+    let run = cached.status.as_ref().and_then(|status| status.current_run.as_ref());
+    let has_just_begun = run.is_some_and(|run| {
+        run.step == RunStep::Preflight && from_to(run.started.0, now) < HEAD_START && now >= run.started.0
+    });
+    let is_due = |other: &Arc<StatefulSetBackup>| {
+        let next = other.status.as_ref().and_then(|status| status.next_schedule_time.as_ref());
+        // Whoever was looked at since then has another one.
+        next.is_some_and(|next| next.0 <= now && from_to(next.0, now) < HEAD_START)
+    };
+    has_just_begun && cached.metadata.deletion_timestamp.is_none() && cx.backups.state().iter().any(is_due)
 }
 
 /// What is known of a backup now.

@@ -261,9 +261,6 @@ fn rollback_after_end(facts: &RestoreFacts, now: Timestamp) -> RestoreStep {
     if let Some(holder) = &facts.busy_with {
         return queued(facts, holder);
     }
-    if let Some(message) = view.holds_claims() {
-        return RestoreStep::wait(CLAIM_HELD, message, Some(later(now, LOOK_AGAIN)));
-    }
     if !facts.has_finalizer() {
         return RestoreStep::AddFinalizer;
     }

@@ -16,7 +16,7 @@ use super::decide::{
     CLAIM_HELD, CONTESTED, LOOK_AGAIN, PODS_NOT_READY, RestoreStep, VolumeChange, Work, Write, later,
 };
 use super::facts::{ClaimFacts, PodFacts, SetFacts};
-use super::prepare::{scaled_meanwhile, volumes_gone};
+use super::prepare::{scaled_meanwhile, unstage, volumes_gone};
 use super::view::View;
 
 /// How long an order to scale down may be without effect on pods that are not ready: the controller of a `StatefulSet`
@@ -28,7 +28,8 @@ const MAX_CONTESTS: i32 = 3;
 
 /// The pods are going; the wanted volumes are reserved for the claims' names.
 pub(super) fn scaling_down(view: &View<'_>) -> RestoreStep {
-    if let Some(step) = view.keep() {
+    // Somebody can have scaled it while volumes were made anew.
+    if let Some(step) = view.keep().or_else(|| unstage(view)) {
         return step;
     }
     let may_lose_claims = view.set().is_some_and(|set| set.deletes_claims);
@@ -91,12 +92,6 @@ fn ordered(view: &View<'_>, set: &SetFacts) -> Option<RestoreStep> {
             return Some(RestoreStep::wait(CONTESTED, contest(view, set), Some(until)));
         }
     }
-    if set.deletes_claims
-        && let Some(step) = view.disarm().or_else(|| view.arm())
-    {
-        // Claims go with their pods, and from then on a pod that somebody starts finds what waits for their names.
-        return Some(step);
-    }
     if swap.down_since.is_none() {
         let is_first = swap.toward == Toward::Restored && swap.contests == 0;
         if let Some(step) = scaled_meanwhile(view, set).filter(|_| is_first) {
@@ -105,6 +100,14 @@ fn ordered(view: &View<'_>, set: &SetFacts) -> Option<RestoreStep> {
         if let Some(step) = held(view) {
             return Some(step);
         }
+    }
+    if set.deletes_claims
+        && let Some(step) = view.disarm().or_else(|| view.arm())
+    {
+        // Claims go with their pods, and from then on a pod that somebody starts finds what waits for their names.
+        return Some(step);
+    }
+    if swap.down_since.is_none() {
         return Some(RestoreStep::Record(Swap {
             down_since: Some(MicroTime(view.now)),
             replicas: swap.replicas.min(set.replicas),
@@ -117,7 +120,8 @@ fn ordered(view: &View<'_>, set: &SetFacts) -> Option<RestoreStep> {
 /// What would keep claims from being deleted is waited for while the application still runs.
 fn held(view: &View<'_>) -> Option<RestoreStep> {
     let message = view.holds_claims()?;
-    let deadline = view.deadline(view.facts.restore.spec.pvc_deletion_timeout());
+    // As long as for the new volumes: it costs no more.
+    let deadline = view.deadline(view.facts.restore.spec.provision_timeout());
     if view.swap.toward == Toward::Restored && view.now >= deadline {
         return Some(view.give_up(CLAIM_HELD, &message));
     }
@@ -323,9 +327,11 @@ fn delete_claims(view: &View<'_>, going: &[(&SwapVolume, &ClaimFacts)]) -> Resto
         .collect();
     let look_again = Some(later(view.now, LOOK_AGAIN));
     if !unready.is_empty() {
-        let reason = if view.now >= swap_deadline(view) { "NotReserved" } else { "Reserving" };
-        let message = format!("claims go once volumes are reserved for them: {}", told(view, &unready));
-        return RestoreStep::wait(reason, message, look_again);
+        if view.now < swap_deadline(view) {
+            return RestoreStep::wait("Reserving", "volumes are being reserved for their claims", look_again);
+        }
+        let message = format!("volumes are not reserved for their claims: {}", told(view, &unready));
+        return RestoreStep::wait("NotReserved", message, look_again);
     }
     if let Some(step) = pods_gone(view) {
         return step;
@@ -351,12 +357,12 @@ fn until_bound(view: &View<'_>) -> RestoreStep {
     };
     let ending: Vec<_> = view.swap.volumes.iter().filter_map(ending).collect();
     if ending.is_empty() {
-        let is_unbound =
-            |volume: &&SwapVolume| !view.target(volume).is_some_and(|pv| view.is_bound(volume, pv));
-        let unbound: Vec<_> = view.swap.volumes.iter().filter(is_unbound).collect();
-        let reason = if is_late { "NotBound" } else { "Binding" };
-        let message = format!("claims are being bound to their volumes: {}", told(view, &unbound));
-        return RestoreStep::wait(reason, message, Some(until));
+        if !is_late {
+            return RestoreStep::wait("Binding", "the claims are being bound to their volumes", Some(until));
+        }
+        let unbound: Vec<_> = view.swap.volumes.iter().filter(|volume| !view.is_well(volume)).collect();
+        let message = format!("claims are not bound to their volumes: {}", told(view, &unbound));
+        return RestoreStep::wait("NotBound", message, Some(until));
     }
     if !is_late {
         return RestoreStep::wait("Exchanging", "the claims are going", Some(until));
@@ -453,8 +459,7 @@ fn serves_others(view: &View<'_>, set: &SetFacts) -> bool {
     let running = set.start..set.start.saturating_add(set.replicas);
     // Claims of pods that are scaled away go with them.
     let is_to_stay = |volume: &&SwapVolume| !set.deletes_claims || running.contains(&volume.ordinal);
-    let is_bound = |volume: &SwapVolume| view.target(volume).is_some_and(|pv| view.is_bound(volume, pv));
-    !view.swap.volumes.iter().filter(is_to_stay).all(is_bound)
+    !view.swap.volumes.iter().filter(is_to_stay).all(|volume| view.is_well(volume))
 }
 
 /// How a user brings the old volumes back.

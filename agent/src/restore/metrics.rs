@@ -76,8 +76,8 @@ impl RestoreMetrics {
     /// A restore was begun.
     pub(super) fn started(&self, restore: &StatefulSetRestore) {
         let labels = Labels::of(restore);
+        self.begin(&labels);
         self.attempts.get_or_create(&labels).inc();
-        self.counted.insert(labels);
     }
 
     /// A restore has ended; its status as it was just written.
@@ -88,6 +88,7 @@ impl RestoreMetrics {
         status: &StatefulSetRestoreStatus,
     ) {
         let labels = Labels::of(restore);
+        self.begin(&labels);
         let family = match outcome {
             Outcome::Completed => &self.successes,
             Outcome::RolledBack => &self.rollbacks,
@@ -100,23 +101,21 @@ impl RestoreMetrics {
         if let (Outcome::Completed, Some(downtime)) = (outcome, status.downtime_seconds) {
             self.downtimes.get_or_create(&labels).observe(i32::try_from(downtime).unwrap_or(i32::MAX).into());
         }
-        self.counted.insert(labels);
     }
 
     /// A restore was refused.
     pub(super) fn refused(&self, restore: &StatefulSetRestore) {
         let labels = Labels::of(restore);
+        self.begin(&labels);
         self.failures.get_or_create(&labels).inc();
-        self.counted.insert(labels);
     }
 
-    /// Begins to count for what is new, as what first appears as 1 is no increase.
-    fn begin(&self, known: &BTreeSet<Labels>) {
-        for labels in known.iter().filter(|labels| !self.counted.contains(labels)) {
+    /// Begins to count for what is new: what first appears as 1 is no increase.
+    fn begin(&self, labels: &Labels) {
+        if self.counted.insert(labels.clone()) {
             for family in [&self.attempts, &self.successes, &self.failures, &self.rollbacks] {
                 drop(family.get_or_create(labels));
             }
-            self.counted.insert(labels.clone());
         }
     }
 
@@ -151,7 +150,9 @@ impl fmt::Debug for Scrape {
 impl Collector for Scrape {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
         let known: BTreeSet<_> = self.store.state().iter().map(|restore| Labels::of(restore)).collect();
-        self.counted.begin(&known);
+        for labels in &known {
+            self.counted.begin(labels);
+        }
         // Before the first list is complete nothing is known to be gone.
         if self.store.wait_until_ready().now_or_never().is_some() {
             self.counted.keep(&known);

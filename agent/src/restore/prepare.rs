@@ -100,21 +100,14 @@ pub(super) fn staging(view: &View<'_>) -> RestoreStep {
         Ok(waiting) => waiting,
         Err(step) => return *step,
     };
-    let unstage: Vec<_> = view
-        .swap
-        .volumes
-        .iter()
-        .filter(|volume| volume.restored.is_some())
-        .filter_map(|volume| claim_of_staging(view, volume))
-        .collect();
-    let going = unstage.iter().filter(|(_, claim)| !claim.ending);
-    let deletions =
-        going.map(|(name, claim)| Write::DeleteClaim { name: name.clone(), uid: claim.uid.clone() });
-    if let Some(step) = View::work(Work::Unstage, deletions) {
+    if let Some(step) = unstage(view) {
         return step;
     }
     let deadline = view.deadline(view.facts.restore.spec.provision_timeout());
-    if waiting.is_empty() && unstage.is_empty() && view.swap.volumes.iter().all(|v| is_released(view, v)) {
+    if waiting.is_empty()
+        && done_staging(view).next().is_none()
+        && view.swap.volumes.iter().all(|v| is_released(view, v))
+    {
         return RestoreStep::Record(view.at(SwapStep::ScalingDown));
     }
     let message = if waiting.is_empty() {
@@ -129,6 +122,18 @@ pub(super) fn staging(view: &View<'_>) -> RestoreStep {
         return view.give_up("ProvisioningTimedOut", &message);
     }
     RestoreStep::wait("Provisioning", message, Some(deadline.min(later(view.now, LOOK_AGAIN))))
+}
+
+/// The claims whose new volumes are made and written down.
+fn done_staging<'a>(view: &View<'a>) -> impl Iterator<Item = (String, &'a ClaimFacts)> {
+    let made = view.swap.volumes.iter().filter(|volume| volume.restored.is_some());
+    made.filter_map(|volume| claim_of_staging(view, volume))
+}
+
+/// Such claims go: a volume is free for its final claim then.
+pub(super) fn unstage(view: &View<'_>) -> Option<RestoreStep> {
+    let going = done_staging(view).filter(|(_, claim)| !claim.ending);
+    View::work(Work::Unstage, going.map(|(name, claim)| Write::DeleteClaim { name, uid: claim.uid.clone() }))
 }
 
 pub(super) fn volumes_gone(view: &View<'_>, gone: &[&str]) -> RestoreStep {

@@ -332,6 +332,12 @@ fn change(facts: &RestoreFacts, swap: &Swap) -> Vec<Note> {
             Note::warning("StatefulSetGone", "ScaleUp", message)
         }
         (_, SwapStep::Staging) => Note::normal("Preparing", "Stage", message),
+        (_, SwapStep::ScalingDown) if old.step == SwapStep::ScalingUp => Note::warning(
+            "ScalingDown",
+            "ScaleDown",
+            "claims were given other volumes since they were exchanged: pods go again, and the claims get their volumes back"
+                .to_owned(),
+        ),
         (_, SwapStep::ScalingDown) => Note::normal("ScalingDown", "ScaleDown", message),
         (_, SwapStep::Swapping) => Note::normal("Restoring", "Exchange", message),
         (_, SwapStep::ScalingUp) => Note::normal("ScalingUp", "ScaleUp", message),

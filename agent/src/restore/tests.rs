@@ -183,14 +183,14 @@ fn no_pod_goes_for_a_claim_that_could_not_be_deleted() {
 
 #[test]
 fn a_rollback_begins_once_nobody_holds_its_claims() {
-    for setting in settings() {
+    for setting in settings().into_iter().filter(|setting| !setting.lacks_last) {
         let mut cluster = Cluster::new(&setting);
         cluster.rest();
         let before = pods(&cluster);
         cluster.hold_claim("data-db-2", true);
         request_rollback(&mut cluster);
         cluster.rest();
-        assert_eq!((cluster.ended, pods(&cluster)), (Some(RestorePhase::Completed), before), "{setting:?}");
+        assert_eq!((cluster.ended, pods(&cluster)), (None, before), "{setting:?}");
         cluster.hold_claim("data-db-2", false);
         assert_eq!(finish(&mut cluster), Some(RestorePhase::RolledBack), "{setting:?}");
     }
@@ -306,14 +306,14 @@ fn happen(cluster: &mut Cluster, happening: Happening) {
 }
 
 fn setting() -> impl Strategy<Value = Setting> {
-    let flags = (any::<bool>(), any::<bool>(), any::<bool>(), any::<bool>());
+    let flags = (any::<bool>(), any::<bool>(), any::<bool>(), any::<bool>(), any::<bool>());
     (flags, prop_oneof![3 => Just(0), 1 => Just(1)], any::<bool>()).prop_map(
-        |((parallel, deletes_claims, keeps_logs, retain), from, rolls_back)| Setting {
+        |((parallel, deletes_claims, keeps_logs, retain, lacks_last), from, rolls_back)| Setting {
             parallel,
             deletes_claims,
             from,
             keeps_logs,
-            lacks_last: false,
+            lacks_last,
             retain,
             on_failure: if rolls_back { OnFailure::Rollback } else { OnFailure::Hold },
         },

@@ -89,17 +89,22 @@ impl<'a> View<'a> {
         self.has(volume, pv) && claim.is_bound() && is_mutual
     }
 
+    /// The claim has the volume that it is to have. On the way back, one that had none before and whose new one is not
+    /// made is to have none.
+    pub(super) fn is_well(&self, volume: &SwapVolume) -> bool {
+        self.target(volume).is_none_or(|pv| self.is_bound(volume, pv))
+    }
+
     /// Every claim has the volume that it is to have.
     pub(super) fn all_bound(&self) -> bool {
-        let is_bound = |volume: &SwapVolume| self.target(volume).is_some_and(|pv| self.is_bound(volume, pv));
-        self.swap.volumes.iter().all(is_bound)
+        self.swap.volumes.iter().all(|volume| self.is_well(volume))
     }
 
     /// The claims that have another volume than they are to have, also those that are going.
     pub(super) fn on_others(&self) -> Vec<(&'a SwapVolume, &'a ClaimFacts)> {
         let on_other = |volume: &&'a SwapVolume| {
             let claim = self.claim(volume)?;
-            let is_right = self.target(volume).is_some_and(|pv| self.has(volume, pv));
+            let is_right = self.target(volume).is_none_or(|pv| self.has(volume, pv));
             (!is_right && claim.volume.is_some()).then_some((*volume, claim))
         };
         self.swap.volumes.iter().filter_map(|volume| on_other(&volume)).collect()
@@ -152,7 +157,12 @@ impl<'a> View<'a> {
 
     /// Whether the claim of a volume goes in an exchange: as it is swapped, or with its pod.
     fn may_go(&self, volume: &SwapVolume) -> bool {
-        volume.snapshot.is_some() || self.set().is_some_and(|set| set.deletes_claims)
+        // On the way back, a claim that had no volume before keeps its restored one.
+        let is_swapped = match self.swap.toward {
+            Toward::Restored => volume.snapshot.is_some(),
+            Toward::Previous => volume.snapshot.is_some() && volume.previous.is_some(),
+        };
+        is_swapped || self.set().is_some_and(|set| set.deletes_claims)
     }
 
     /// Why the old volumes cannot come back.

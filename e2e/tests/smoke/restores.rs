@@ -158,6 +158,8 @@ async fn a_time_means_the_newest_point_that_is_not_later() -> Result<()> {
     with_restore_drill(
         |app| app,
         async |_, drill| {
+            // A time in a spec has whole seconds.
+            tokio::time::sleep(Duration::from_secs(1)).await;
             drill.backup().request("later").await?;
             let later = drill.backup().await_runs(2).await?;
             let point_at = |name: &'static str, time: Timestamp| {
@@ -166,7 +168,6 @@ async fn a_time_means_the_newest_point_that_is_not_later() -> Result<()> {
                     spec.dry_run = true;
                 })
             };
-            // Before that, and long after the first one was cut, which takes seconds to be ready.
             let time = later.started.0 - Duration::from_millis(1);
             let plan = point_at("until-later", time + WINDOW).await?.await_planned().await?;
             ensure!(plan.point == later.id.as_str(), "{plan:?}");

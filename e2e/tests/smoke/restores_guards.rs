@@ -12,7 +12,7 @@ use sts_backup_api::run::RunResult;
 use sts_backup_api::snapshot::VolumeSnapshot;
 use sts_backup_e2e::condition::await_any;
 use sts_backup_e2e::kit::class::{Binding, create_storage_class};
-use sts_backup_e2e::kit::restore_drill::{LATER, POINT, await_untouched, ensure_untouched, footprint};
+use sts_backup_e2e::kit::restore_drill::{LATER, POINT, await_untouched, footprint};
 use sts_backup_e2e::kit::{App, Cluster, Namespace, RestoreDrill, with_temp_namespace};
 
 use crate::with_restore_drill;
@@ -105,7 +105,10 @@ async fn a_rollback_that_could_not_delete_a_claim_waits_while_the_application_ru
             restore.request_rollback().await?;
             restore.await_saying(&["data-app-0", FINALIZER]).await?;
             restore.await_event("ClaimHeld").await?;
-            ensure_untouched(ns, &before).await?;
+            let now = footprint(ns).await?;
+            for kind in ["statefulsets", "pods", "claims"] {
+                ensure!(before[kind] == now[kind], "{kind} were {:#}, and are {:#}", before[kind], now[kind]);
+            }
             hold(&finalizers).await?;
             restore.await_rolled_back().await?;
             drill.ensure_serves(LATER).await
