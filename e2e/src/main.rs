@@ -104,15 +104,8 @@ enum Tier {
     Full,
 }
 
-impl Tier {
-    /// How many clusters its tests need.
-    fn clusters(self) -> usize {
-        match self {
-            Self::Smoke => 2,
-            Self::Full => 3,
-        }
-    }
-}
+/// How many clusters the tests need.
+const TEST_CLUSTERS: usize = 2;
 
 #[tokio::main]
 async fn main() -> ExitCode {
@@ -152,7 +145,7 @@ async fn run(command: Command) -> Result<ExitCode> {
             let harness = Harness::open()?;
             {
                 let _lock = harness.lock()?;
-                up(&harness, tier.clusters()).await?;
+                up(&harness, TEST_CLUSTERS).await?;
             }
             test(tier, filter.as_deref()).await
         }
@@ -221,8 +214,8 @@ async fn test(tier: Tier, filter: Option<&str>) -> Result<ExitCode> {
     // They wait for the clusters most of the time, not for this machine's processors.
     let mut passed = cargo_test("smoke", &["--test-threads=6"], filter).await?;
     if tier == Tier::Full {
-        // Each has a cluster to itself, of the two without a shared agent.
-        passed &= cargo_test("full", &["--test-threads=2", "--nocapture"], filter).await?;
+        // They have one cluster to themselves, one after the other.
+        passed &= cargo_test("full", &["--test-threads=1", "--nocapture"], filter).await?;
         // The last ones remake the clusters, and so run alone.
         passed &= cargo_test("harness", &["--test-threads=1"], filter).await?;
     }

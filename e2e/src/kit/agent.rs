@@ -1,10 +1,10 @@
 //! Agents that helm installed in a cluster: the one that tests share, and those that a test has to itself.
 //!
-//! The shared agent runs in the first cluster, where every test may use it and none may harm it. The others
-//! have none: a test that kills agents, or takes their lease or their API server away, works there, and
+//! The shared agent runs in the first cluster, where every test may use it and none may harm it. The second
+//! cluster has none: a test that kills agents, or takes their lease or their API server away, works there, and
 //! holds [`alone`] as long as an agent of its own runs, since an agent sees the objects of all namespaces.
 
-use std::fs::{File, TryLockError};
+use std::fs::File;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -42,15 +42,6 @@ const LEADER_TIMEOUT: Duration = Duration::from_mins(1);
 const WITHOUT_CLUSTER_SCOPED: &[&str] =
     &["--set=crds.install=false,userRoles.create=false,admissionPolicy.create=false"];
 
-/// The clusters that have no shared agent: the smoke tier has the first of them only.
-const WITHOUT_AGENT: [usize; 2] = [2, 3];
-
-/// In the folder of a cluster: who holds it is alone there.
-const LOCK: &str = "alone.lock";
-
-/// How soon a test that waits looks which cluster is free.
-const LOOK_AGAIN: Duration = Duration::from_millis(200);
-
 /// Keeps other tests out of a cluster until it is dropped: [`alone`].
 #[must_use = "others are kept out until this is dropped"]
 pub struct Alone(#[expect(dead_code, reason = "held for its lock")] File);
@@ -61,32 +52,13 @@ pub struct Alone(#[expect(dead_code, reason = "held for its lock")] File);
 /// # Errors
 /// When the lock file cannot be opened.
 pub async fn alone(cluster: &Cluster) -> Result<Alone> {
-    let path = cluster.dir()?.join(LOCK);
+    let path = cluster.dir()?.join("alone.lock");
     let lock = tokio::task::spawn_blocking(move || {
         let file = File::create(&path).with_context(|| format!("create {}", path.display()))?;
         file.lock().with_context(|| format!("lock {}", path.display()))?;
         anyhow::Ok(Alone(file))
     });
     lock.await?
-}
-
-/// Waits until one of the clusters without a shared agent has no other test alone in it, and takes that, as [`alone`] does.
-///
-/// # Errors
-/// When a cluster cannot be connected to, or a lock file cannot be opened.
-pub async fn alone_in_any() -> Result<(Cluster, Alone)> {
-    loop {
-        for number in WITHOUT_AGENT {
-            let cluster = Cluster::connect(&cluster_name(number)).await?;
-            let file = File::create(cluster.dir()?.join(LOCK)).context("create the lock file")?;
-            match file.try_lock() {
-                Ok(()) => return Ok((cluster, Alone(file))),
-                Err(TryLockError::WouldBlock) => {}
-                Err(TryLockError::Error(err)) => return Err(err).context("lock the lock file"),
-            }
-        }
-        tokio::time::sleep(LOOK_AGAIN).await;
-    }
 }
 
 /// Installs the shared agent of this checkout in the first cluster, or upgrades it.

@@ -1,5 +1,5 @@
 //! What the smoke tier has no time for: agents that die, hang, lose their lease or their API server, in every way and
-//! again and again, and days that pass. `cargo e2e test --tier full` runs two at a time, each alone in a cluster
+//! again and again, and days that pass. `cargo e2e test --tier full` runs them one after the other, in the cluster
 //! without a shared agent.
 
 mod alerts;
@@ -23,24 +23,25 @@ use jiff::tz::TimeZone;
 use jiff::{SignedDuration, Timestamp, Unit};
 use k8s_openapi::api::apps::v1::StatefulSet;
 use kube::ResourceExt;
-use sts_backup_e2e::kit::agent::alone_in_any;
+use sts_backup_e2e::kit::agent::alone;
 use sts_backup_e2e::kit::crds::apply_crds;
 use sts_backup_e2e::kit::local_agent::{LocalAgent, LocalAgentConfig};
 use sts_backup_e2e::kit::proxy::ApiProxy;
-use sts_backup_e2e::kit::{App, Namespace, RestoreDrill, with_temp_namespace};
+use sts_backup_e2e::kit::{App, Cluster, Namespace, RestoreDrill, with_temp_namespace};
 
 /// Snapshots of a run that are still to be cut when it is interrupted, and can be deleted at once: their calls fail,
 /// and are repeated after 1, 2, 4 and 8 s. A deletion while a call is outstanding, as `cutDelay` makes it, is one that
 /// csi-snapshotter comes back to only with its next resync. The next attempt's are cut, after some more failures.
 const UNCUT_FOR_A_WHILE: [(&str, &str); 1] = [("failOnCall", "1-12")];
 
-/// Runs a test alone in a cluster that has no shared agent.
+/// Runs a test alone in the cluster that has no shared agent.
 async fn alone_in_namespace(prefix: &str, test: impl AsyncFnOnce(&Namespace) -> Result<()>) -> Result<()> {
-    let (cluster, _alone) = alone_in_any().await?;
+    let cluster = Cluster::connect("stsb-e2e-2").await?;
+    let _alone = alone(&cluster).await?;
     with_temp_namespace(&cluster, prefix, test).await
 }
 
-/// Runs a test with an application `app`, alone in a cluster that has no shared agent.
+/// Runs a test with an application `app`, alone in the cluster that has no shared agent.
 async fn alone_with_app(
     prefix: &str,
     replicas: i32,

@@ -14,12 +14,12 @@ use serde_json::{Value, json};
 use sts_backup_api::backup::StatefulSetBackup;
 use sts_backup_api::policy::StatefulSetBackupPolicyStatus;
 use sts_backup_e2e::condition::{await_condition, await_none};
-use sts_backup_e2e::kit::agent::alone_in_any;
+use sts_backup_e2e::kit::agent::alone;
 use sts_backup_e2e::kit::crds::apply_crds;
 use sts_backup_e2e::kit::local_agent::{LocalAgent, LocalAgentConfig};
 use sts_backup_e2e::kit::policy::{NEVER, change_set, create_idle_set};
 use sts_backup_e2e::kit::proxy::ApiProxy;
-use sts_backup_e2e::kit::{Namespace, Policy, with_temp_namespaces};
+use sts_backup_e2e::kit::{Cluster, Namespace, Policy, with_temp_namespaces};
 
 use crate::alone_in_namespace;
 
@@ -49,7 +49,8 @@ fn is_list(method: &Method, uri: &Uri) -> bool {
 #[tokio::test]
 #[ignore = "needs clusters: cargo e2e test --tier full"]
 async fn a_thousand_stateful_sets_in_fifty_namespaces_get_their_backups_by_one_write_each() -> Result<()> {
-    let (cluster, _alone) = alone_in_any().await?;
+    let cluster = Cluster::connect("stsb-e2e-2").await?;
+    let _alone = alone(&cluster).await?;
     with_temp_namespaces(&[&cluster; NAMESPACES], "policies", async |namespaces| {
         apply_crds(&cluster).await?;
         let names: Vec<&str> = namespaces.iter().map(Namespace::name).collect();

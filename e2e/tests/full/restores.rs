@@ -13,13 +13,13 @@ use sts_backup_api::names::RESTORE_LABEL;
 use sts_backup_api::restore::{RestorePhase, VolumeAction};
 use sts_backup_api::run::RunResult;
 use sts_backup_e2e::condition::{await_condition, await_deleted};
-use sts_backup_e2e::kit::agent::alone_in_any;
+use sts_backup_e2e::kit::agent::alone;
 use sts_backup_e2e::kit::crds::apply_crds;
 use sts_backup_e2e::kit::local_agent::{LocalAgent, LocalAgentConfig};
 use sts_backup_e2e::kit::proxy::is_deletion_of_claim;
 use sts_backup_e2e::kit::restore_drill::{BACKUP, LATER, POINT, ensure_released};
 use sts_backup_e2e::kit::{
-    App, Backup, Postgres, Restore, RestoreDrill, Volumes, WriteLoad, with_temp_namespaces,
+    App, Backup, Cluster, Postgres, Restore, RestoreDrill, Volumes, WriteLoad, with_temp_namespaces,
 };
 
 use crate::{alone_in_namespace, alone_with_restore_drill, start_agent};
@@ -297,7 +297,8 @@ async fn a_restore_that_is_deleted_while_claims_are_exchanged_is_finished_first(
 #[tokio::test]
 #[ignore = "needs clusters: cargo e2e test --tier full"]
 async fn a_namespace_that_is_deleted_in_the_middle_goes_and_its_volumes_stay() -> Result<()> {
-    let (cluster, _alone) = alone_in_any().await?;
+    let cluster = Cluster::connect("stsb-e2e-2").await?;
+    let _alone = alone(&cluster).await?;
     // The agent's lease is in the other one.
     with_temp_namespaces(&[&cluster, &cluster], "restores", async |namespaces| {
         let [ns, home] = namespaces else { anyhow::bail!("two namespaces") };

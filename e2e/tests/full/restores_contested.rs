@@ -1,6 +1,8 @@
 //! Somebody else who scales the `StatefulSet` in the middle of a restore: no pod ever meets an empty volume, and in the end
 //! all volumes have the same data.
 
+use std::ops::RangeInclusive;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -10,7 +12,7 @@ use kube::Api;
 use kube::api::DeleteParams;
 use sts_backup_api::restore::{RestorePhase, StatefulSetRestoreStatus};
 use sts_backup_e2e::condition::await_deleted;
-use sts_backup_e2e::kit::proxy::{ApiProxy, is_deletion_of_claim, is_scale};
+use sts_backup_e2e::kit::proxy::{ApiProxy, is_deletion_of_claim, is_scale, is_write_of_restore};
 use sts_backup_e2e::kit::restore_drill::POINT;
 use sts_backup_e2e::kit::{App, RestoreDrill};
 use tokio::task::JoinHandle;
@@ -47,6 +49,11 @@ fn has_ended(status: &StatefulSetRestoreStatus) -> bool {
     matches!(status.phase, Some(RestorePhase::Completed | RestorePhase::Failed | RestorePhase::RolledBack))
 }
 
+/// How often somebody was in the way.
+fn contests(status: &StatefulSetRestoreStatus) -> Option<i32> {
+    status.swap.as_ref().map(|swap| swap.contests)
+}
+
 /// Lets somebody scale from the first such request of the agent until the restore has ended, or was contested for the last
 /// time.
 async fn contest(
@@ -67,7 +74,7 @@ async fn contest(
     restore.await_status("contested or over", was_contested).await?;
     drop(foreigner);
     let status = restore.await_status("over", has_ended).await?;
-    let contests = status.swap.as_ref().map(|swap| swap.contests).context("it remembers its swap")?;
+    let contests = contests(&status).context("it remembers its swap")?;
     drill.app().scale(replicas).await?;
     let text = drill.ensure_serves_either().await?;
     eprintln!("{contests} contests, {:?}, with the data of {text}", status.phase);
@@ -103,6 +110,49 @@ async fn claims_that_go_with_their_pods_stay_ours_while_somebody_scales() -> Res
         |app| app.replicas(3).claims_go(),
         // Claims go with their pods: the agent deletes none.
         async |_, drill, proxy| contest(drill, proxy, is_scale, &[3, 0, 1]).await,
+    )
+    .await
+}
+
+/// More than a restore of one claim has, and fewer.
+const WRITES: RangeInclusive<u64> = 12..=60;
+
+#[tokio::test]
+#[ignore = "needs clusters: cargo e2e test --tier full"]
+async fn a_pod_that_somebody_starts_before_any_write_of_a_restore_never_meets_an_empty_volume() -> Result<()>
+{
+    alone_with_restore_drill(
+        |app| app,
+        async |_, drill, proxy| {
+            for writes in 0..=*WRITES.end() {
+                drill.write_later().await?;
+                let written = AtomicU64::new(0);
+                let held = proxy.hold(move |method, uri| {
+                    is_write_of_restore(method, uri) && written.fetch_add(1, Ordering::SeqCst) >= writes
+                });
+                let window = Duration::from_secs(1);
+                let name = format!("at-{writes}");
+                let restore = drill.restore(&name, |spec| spec.rollback_window = window.into()).await?;
+                let is_over_before = tokio::select! {
+                    () = held.await_hits(1) => false,
+                    over = restore.await_status("over", has_ended) => over.map(|_| true)?,
+                };
+                drill.app().scale(1).await?;
+                drop(held);
+                let status = restore.await_status("over", has_ended).await?;
+                eprintln!("before write {writes}: {:?}, contests: {:?}", status.phase, contests(&status));
+                drill.app().scale(1).await?;
+                let text = drill.ensure_serves_either().await.context(name)?;
+                let expected = status.phase == Some(RestorePhase::Completed);
+                ensure!(expected == (text == POINT), "{:?} with the data of {text}", status.phase);
+                restore.remove().await?;
+                if is_over_before {
+                    ensure!(WRITES.contains(&writes), "a restore had only {writes} writes");
+                    return Ok(());
+                }
+            }
+            anyhow::bail!("a restore of one claim has not completed after {WRITES:?} writes")
+        },
     )
     .await
 }
