@@ -245,10 +245,20 @@ const CONTENT_WITHIN: Duration = Duration::from_secs(5);
 /// claim and its namespace. One that gets no content was never shown to it.
 fn is_being_cut(snapshot: &VolumeSnapshot, now: Timestamp) -> bool {
     let status = snapshot.status.as_ref();
-    let has_content = status.is_some_and(|status| status.bound_volume_snapshot_content_name.is_some());
-    let is_new = snapshot.creation_timestamp().is_some_and(|created| now < later(created.0, CONTENT_WITHIN));
     let has_failed = status.is_some_and(|status| status.error.is_some());
-    (has_content || is_new) && !has_failed && !is_cut(snapshot)
+    let may_be_shown = has_content(snapshot) || untold_until(snapshot).is_some_and(|until| now < until);
+    may_be_shown && !has_failed && !is_cut(snapshot)
+}
+
+fn has_content(snapshot: &VolumeSnapshot) -> bool {
+    let status = snapshot.status.as_ref();
+    status.is_some_and(|status| status.bound_volume_snapshot_content_name.is_some())
+}
+
+/// Until then nobody can tell whether a snapshot without a content gets one.
+fn untold_until(snapshot: &VolumeSnapshot) -> Option<Timestamp> {
+    let created = snapshot.creation_timestamp().filter(|_| !has_content(snapshot))?;
+    Some(later(created.0, CONTENT_WITHIN))
 }
 
 /// A run of which nothing is decided yet.
@@ -405,8 +415,13 @@ fn clean_up(facts: &BackupFacts, run: &CurrentRun, now: Timestamp) -> BackupStep
     // Only what carries the run's label, whatever the status says.
     let goes_now =
         |name: &str| snapshots.get(name).is_some_and(|snapshot| !has_time || !is_being_cut(snapshot, now));
-    let doomed = doomed.into_iter().map(|volume| volume.snapshot.clone());
-    let doomed = doomed.filter(|name| goes_now(name)).collect();
+    let doomed = || doomed.iter().map(|volume| volume.snapshot.as_str());
+    let untold =
+        doomed().filter(|name| !goes_now(name)).filter_map(|name| untold_until(snapshots.get(name)?));
+    if let Some(until) = untold.max() {
+        return BackupStep::Wait { why: Wait::Snapshots { trouble: None }, until: Some(until) };
+    }
+    let doomed = doomed().filter(|name| goes_now(name)).map(ToOwned::to_owned).collect();
     let kept_volumes = i32::try_from(kept.len()).ok();
     BackupStep::CleanUp { doomed, record: RunRecord { kept_volumes, ..failed(run, now) } }
 }
