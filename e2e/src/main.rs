@@ -212,7 +212,7 @@ async fn up(harness: &Harness, count: usize) -> Result<Vec<String>> {
 /// leaves out as ignored; the filter is cargo's own.
 async fn test(tier: Tier, filter: Option<&str>) -> Result<ExitCode> {
     // They wait for the clusters most of the time, not for this machine's processors.
-    let mut passed = cargo_test("smoke", &["--test-threads=6"], filter).await?;
+    let mut passed = cargo_test("smoke", &["--test-threads=4"], filter).await?;
     if tier == Tier::Full {
         // They have one cluster to themselves, one after the other.
         passed &= cargo_test("full", &["--test-threads=1", "--nocapture"], filter).await?;

@@ -36,7 +36,7 @@ pub const REPLICAS: u32 = 3;
 const NEVER: u32 = 600;
 
 /// What the pre hook may take. An interrupted run waits for that long, and 5 s more, for its second thaw.
-const PRE_HOOK_SECONDS: u32 = 4;
+const PRE_HOOK_SECONDS: u32 = 8;
 
 /// What an abort ends with.
 const SIGABRT: i32 = 6;

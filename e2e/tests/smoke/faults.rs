@@ -13,7 +13,7 @@ use kube::api::{DeleteParams, PostParams};
 use kube::{Api, ResourceExt};
 use sts_backup_api::snapshot::{VolumeSnapshot, VolumeSnapshotContent, VolumeSnapshotStatus};
 use sts_backup_e2e::condition::{
-    await_condition, await_deleted, await_event, pvc_bound, snapshot_cut, snapshot_ready,
+    await_any, await_condition, await_deleted, pvc_bound, snapshot_cut, snapshot_ready,
 };
 use sts_backup_e2e::kit::claim::empty_claim;
 use sts_backup_e2e::kit::class::{Binding, create_snapshot_class, create_storage_class};
@@ -127,8 +127,12 @@ async fn a_failed_volume_call_shows_as_an_event_and_is_retried() -> Result<()> {
         let class = create_storage_class(ns, Binding::Immediate, &[("failOnCall", "1")]).await?;
         bound_claim(ns, &class).await?;
         let events: Api<Event> = ns.api();
-        let event = await_event(&events, "data", "ProvisioningFailed", TIMEOUT).await?;
-        ensure!(event.message.iter().any(|said| said.contains(DRIVERS_WORDS)), "{:?}", event.message);
+        // Another one tells of a class that the provisioner does not know yet.
+        let is_said = |event: &Event| {
+            event.reason.as_deref() == Some("ProvisioningFailed")
+                && event.message.iter().any(|said| said.contains(DRIVERS_WORDS))
+        };
+        await_any(&events, "an Event with the driver's words", TIMEOUT, is_said).await?;
         Ok(())
     })
     .await

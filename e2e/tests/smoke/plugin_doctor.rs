@@ -84,6 +84,8 @@ async fn doctor_names_what_the_next_run_would_fail_at_until_it_would_not() -> Re
         ensure!(found.level == "FAIL" && found.reason.starts_with(&missing), "{found:?}");
 
         backup.change(&json!({ "volumeSnapshotClassName": null })).await?;
+        let changed = backup.api().get(backup.name()).await?.metadata.generation;
+        backup.await_status("looked at", |status| status.observed_generation >= changed).await?;
         backup.await_condition(READY, "True", "Usable").await?;
         let said = findings(ns).await?;
         let found = about(&said, &set)?;
