@@ -145,6 +145,8 @@ pub(super) fn next_backup_step(facts: &BackupFacts, now: Timestamp) -> BackupSte
         }
     }
     match run.step {
+        // Before anything is touched that would need it; and not before the run begins, which is not to be later for it.
+        RunStep::Preflight if !facts.has_finalizer && !facts.deleting => BackupStep::AddFinalizer,
         RunStep::Preflight => after_preflight(facts, run, now),
         RunStep::Frozen => after_interruption(facts, run),
         RunStep::Thawing => next_thaw(run, now),
@@ -181,10 +183,7 @@ fn without_run(facts: &BackupFacts, now: Timestamp) -> BackupStep {
         return match &facts.busy_with {
             // Its thaw would end our freeze.
             Some(other) => BackupStep::Wait { why: Wait::Queued { behind: other.clone() }, until: None },
-            None if facts.has_finalizer => {
-                BackupStep::Begin { run: new_run(&facts.uid, slot, now), missed: missed.count }
-            }
-            None => BackupStep::AddFinalizer,
+            None => BackupStep::Begin { run: new_run(&facts.uid, slot, now), missed: missed.count },
         };
     }
     if missed.latest.is_some() {

@@ -9,7 +9,7 @@ use std::time::Duration;
 use jiff::Timestamp;
 use sts_backup_api::backup::{Phase, StatefulSetBackupStatus};
 use sts_backup_api::points::recovery_points;
-use sts_backup_api::run::{Slot, request_key};
+use sts_backup_api::run::{RunStep, Slot, request_key};
 use sts_backup_api::schedule::{Look, ScheduleError, Timetable};
 
 use super::decide::later;
@@ -17,6 +17,9 @@ use super::observe::BackupFacts;
 
 /// How far ahead of the clock a time may be that this or another replica's clock wrote.
 const WRONG_CLOCK: Duration = Duration::from_hours(1);
+
+/// For so long at most a run that has begun waits for others that are due.
+const HEAD_START: Duration = Duration::from_secs(10);
 
 /// What a backup is due.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -75,6 +78,23 @@ pub(super) fn requested(facts: &BackupFacts) -> Option<&str> {
 /// When the next scheduled run begins by itself.
 pub(super) fn next_run(facts: &BackupFacts, now: Timestamp) -> Option<Timestamp> {
     look(facts, now).ok()??.next
+}
+
+/// Whether a run has begun and done nothing else, not long ago. Of many that are due at once all begin before any goes on,
+/// which takes the API server's time: nobody's point is to be much later than was asked for.
+pub(super) fn has_just_begun(status: &StatefulSetBackupStatus, now: Timestamp) -> bool {
+    let run = status.current_run.as_ref().filter(|run| run.step == RunStep::Preflight);
+    run.is_some_and(|run| is_within(run.started.0, HEAD_START, now))
+}
+
+/// Whether a scheduled time has just passed that nobody has dealt with.
+pub(super) fn is_to_begin(status: &StatefulSetBackupStatus, now: Timestamp) -> bool {
+    status.next_schedule_time.as_ref().is_some_and(|next| is_within(next.0, HEAD_START, now))
+}
+
+/// Whether `now` is at or after `time`, and not by `length` or more.
+fn is_within(time: Timestamp, length: Duration, now: Timestamp) -> bool {
+    time <= now && now < later(time, length)
 }
 
 /// What the schedule has had and is to have; none without one, and while it is suspended.

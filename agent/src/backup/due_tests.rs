@@ -2,7 +2,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{MicroTime, Time};
 use serde_json::json;
 use sts_backup_api::backup::{RetentionPolicy, StatefulSetBackupSpec};
 use sts_backup_api::names::{RUN_LABEL, TIME_ANNOTATION, VOLUMES_ANNOTATION};
-use sts_backup_api::run::{RunRecord, RunResult};
+use sts_backup_api::run::{CurrentRun, RunRecord, RunResult};
 use sts_backup_api::snapshot::VolumeSnapshot;
 
 use super::super::decide::{BackupStep, Idle, new_run, next_backup_step};
@@ -189,4 +189,38 @@ fn no_point_goes_while_a_restore_may_be_reading_it() {
 
     facts.busy_with = Some("StatefulSetRestore shop/back".to_owned());
     assert!(!matches!(next(&facts), BackupStep::Prune(_)), "{:?}", next(&facts));
+}
+
+#[test]
+fn a_run_that_has_just_begun_waits_for_those_whose_time_has_come_and_for_no_others() {
+    let waiting = seen(nightly(), "2026-03-01T13:00:00Z").status;
+    assert!(!is_to_begin(&waiting, at("2026-03-02T01:59:59Z")));
+    assert!(is_to_begin(&waiting, at("2026-03-02T02:00:00Z")));
+    assert!(!is_to_begin(&waiting, at("2026-03-02T02:00:10Z")), "nobody waits for one that cannot begin");
+
+    let run = new_run("uid", Slot::schedule(at("2026-03-02T02:00:00Z")), at("2026-03-02T02:00:01Z"));
+    let step = BackupStep::Begin { run: run.clone(), missed: 0 };
+    let facts = nightly();
+    let begun = next_status(&facts, &step, at("2026-03-02T02:00:01Z"));
+    assert!(!is_to_begin(&begun, at("2026-03-02T02:00:01Z")));
+    assert!(has_just_begun(&begun, at("2026-03-02T02:00:01Z")));
+    assert!(!has_just_begun(&begun, at("2026-03-02T02:00:00Z")), "a clock that went back holds nobody up");
+    assert!(!has_just_begun(&begun, at("2026-03-02T02:00:11Z")));
+    let frozen = CurrentRun { step: RunStep::Frozen, ..run };
+    let goes_on = next_status(&facts, &BackupStep::Record(frozen), at("2026-03-02T02:00:02Z"));
+    assert!(!has_just_begun(&goes_on, at("2026-03-02T02:00:02Z")));
+}
+
+#[test]
+fn the_object_is_held_after_its_run_has_begun_and_before_anything_is_touched() {
+    let mut facts = nightly();
+    facts.has_finalizer = false;
+    let now = at("2026-03-02T02:00:00Z");
+    let begin = next_backup_step(&facts, now);
+    assert!(matches!(begin, BackupStep::Begin { .. }), "{begin:?}");
+    facts.status = next_status(&facts, &begin, now);
+    assert_eq!(next_backup_step(&facts, now), BackupStep::AddFinalizer);
+    facts.deleting = true;
+    let next = next_backup_step(&facts, now);
+    assert!(!matches!(next, BackupStep::AddFinalizer | BackupStep::Freeze(_)), "{next:?}");
 }

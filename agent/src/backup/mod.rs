@@ -21,6 +21,7 @@ mod tests;
 mod triggers;
 
 use std::future::ready;
+use std::ops::ControlFlow;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -43,6 +44,7 @@ use tracing::{debug, info, warn};
 
 use self::context::{Context, set_name};
 use self::decide::{BackupStep, Idle, Pruned, Wait, next_backup_step};
+use self::due::{has_just_begun, is_to_begin};
 use self::metrics::BackupMetrics;
 use self::observe::{BackupFacts, observe};
 use self::queue::Queue;
@@ -58,10 +60,7 @@ use crate::{app, clock, telemetry};
 /// How long one look at a backup may take before it is given up and tried again.
 const RECONCILE_TIMEOUT: Duration = Duration::from_mins(1);
 
-/// For so long at most a run that has begun waits for others that are due.
-const HEAD_START: Duration = Duration::from_secs(10);
-
-/// How soon it looks whether they have begun.
+/// How soon a run that has begun looks whether others that are due have, too.
 const OTHERS_BEGIN: Duration = Duration::from_millis(500);
 
 /// Backs up until `stop` is cancelled, then thaws what is frozen, and returns.
@@ -165,13 +164,9 @@ async fn next_steps(cached: &StatefulSetBackup, cx: &Arc<Context>) -> Result<Act
         // Its end wakes us; until then the API server is left to those who cut.
         return Ok(Action::await_change());
     }
-    if lets_others_begin(cx, cached) {
-        return Ok(Action::requeue(jittered(OTHERS_BEGIN)));
-    }
-    // The cache may lag behind our own writes, and a decision on old facts is a wrong one.
-    let Some(mut backup) = perform::refreshed(&cx.client, cached).await? else {
-        cx.vacate(cached);
-        return Ok(Action::await_change());
+    let mut backup = match its_turn(cached, cx).await? {
+        ControlFlow::Continue(backup) => backup,
+        ControlFlow::Break(action) => return Ok(action),
     };
     let mut known = None;
     loop {
@@ -205,6 +200,7 @@ async fn next_steps(cached: &StatefulSetBackup, cx: &Arc<Context>) -> Result<Act
                 }
                 write(cx, &backup, &facts, &step, now).await?;
                 crash_point!("after-begin");
+                // Others' turn; the next look finds the run.
                 return Ok(Action::requeue(Duration::ZERO));
             }
             BackupStep::Record(_) | BackupStep::Skip { .. } | BackupStep::RefuseRequest => {
@@ -264,20 +260,35 @@ async fn next_steps(cached: &StatefulSetBackup, cx: &Arc<Context>) -> Result<Act
     }
 }
 
-/// Of many that are due at once all begin, before any goes on, which takes the API server's time: nobody's point is to be
-/// much later than was asked for.
-fn lets_others_begin(cx: &Context, cached: &StatefulSetBackup) -> bool {
-    let now = clock::now();
-    let run = cached.status.as_ref().and_then(|status| status.current_run.as_ref());
-    let has_just_begun = run.is_some_and(|run| {
-        run.step == RunStep::Preflight && from_to(run.started.0, now) < HEAD_START && now >= run.started.0
-    });
-    let is_due = |other: &Arc<StatefulSetBackup>| {
-        let next = other.status.as_ref().and_then(|status| status.next_schedule_time.as_ref());
-        // Whoever was looked at since then has another one.
-        next.is_some_and(|next| next.0 <= now && from_to(next.0, now) < HEAD_START)
+/// The backup as it is by now, unless it has to wait for others. The cache may lag behind our own writes, and a decision on
+/// old facts is a wrong one.
+async fn its_turn(
+    cached: &StatefulSetBackup,
+    cx: &Context,
+) -> Result<ControlFlow<Action, StatefulSetBackup>> {
+    let wait = || Ok(ControlFlow::Break(Action::requeue(jittered(OTHERS_BEGIN))));
+    if lets_others_begin(cx, cached) {
+        return wait();
+    }
+    let Some(backup) = perform::refreshed(&cx.client, cached).await? else {
+        cx.vacate(cached);
+        return Ok(ControlFlow::Break(Action::await_change()));
     };
-    has_just_begun && cached.metadata.deletion_timestamp.is_none() && cx.backups.state().iter().any(is_due)
+    if lets_others_begin(cx, &backup) {
+        return wait();
+    }
+    Ok(ControlFlow::Continue(backup))
+}
+
+/// Whether a run has begun while others are due.
+fn lets_others_begin(cx: &Context, backup: &StatefulSetBackup) -> bool {
+    let now = clock::now();
+    let has_begun = backup.status.as_ref().is_some_and(|status| has_just_begun(status, now));
+    let is_behind = |other: &Arc<StatefulSetBackup>| {
+        // The cache may not know yet that this one has begun.
+        other.uid() != backup.uid() && other.status.as_ref().is_some_and(|other| is_to_begin(other, now))
+    };
+    has_begun && backup.metadata.deletion_timestamp.is_none() && cx.backups.state().iter().any(is_behind)
 }
 
 /// What is known of a backup now.

@@ -19,6 +19,7 @@ use sts_backup_api::names::{
 use sts_backup_api::run::{RunId, RunStep};
 use sts_backup_api::snapshot::{DEFAULT_CLASS_ANNOTATION, VolumeSnapshot, VolumeSnapshotClass};
 
+use crate::clock;
 use crate::error::{Error, Result};
 
 /// How many volumes are read at once.
@@ -159,6 +160,8 @@ pub(super) async fn observe(
         match step {
             // Nothing else may come between a frozen pod and its thaw.
             Some(RunStep::Frozen | RunStep::Thawing) => Ok(None),
+            // A run that is due is not to be later for it; the look after that has the next time.
+            None if status.next_schedule_time.as_ref().is_some_and(|next| next.0 <= clock::now()) => Ok(None),
             None | Some(RunStep::Preflight | RunStep::Readying | RunStep::CleaningUp) => {
                 list_snapshots(client, home, (&namespace, &backup.name_any()), set).await.map(Some)
             }

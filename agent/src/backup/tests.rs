@@ -197,7 +197,9 @@ impl World {
         let mut facts = self.facts.clone().unwrap();
         facts.in_section = self.section.is_some();
         let step = facts.status.current_run.as_ref().map(|run| run.step);
-        let is_listed = !matches!(step, Some(RunStep::Frozen | RunStep::Thawing));
+        let next = facts.status.next_schedule_time.as_ref();
+        let is_due = step.is_none() && next.is_some_and(|next| next.0 <= self.now);
+        let is_listed = !is_due && !matches!(step, Some(RunStep::Frozen | RunStep::Thawing));
         facts.snapshots = is_listed.then(|| self.objects());
         facts.target = match step {
             Some(RunStep::Preflight) => Target::Read(Box::new(target())),

@@ -18,8 +18,8 @@ const NEVER_CUT: [(&str, &str); 1] = [("failOnCall", "1-999999")];
 
 /// The crash points of a run that is well, and how many attempts it takes when its agent dies there.
 const CRASH_POINTS: [(&str, usize); 10] = [
-    ("after-finalizer", 1),
     ("after-begin", 1),
+    ("after-finalizer", 1),
     ("after-duty", 2),
     ("after-freeze", 2),
     ("after-create", 2),
