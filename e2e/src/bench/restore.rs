@@ -156,9 +156,9 @@ async fn downtime(ns: &Namespace, replicas: i32, work: impl Future<Output = Resu
             let Some(set) = state? else { bail!("the StatefulSet is gone") };
             let wanted = set.spec.as_ref().and_then(|spec| spec.replicas).unwrap_or(1);
             if wanted < replicas {
+                // For a moment the pods that are to go count as ready.
                 down.get_or_insert_with(Instant::now);
-            }
-            if let Some(since) = down
+            } else if let Some(since) = down
                 && is_ready(&set)
             {
                 return Ok(since.elapsed());
