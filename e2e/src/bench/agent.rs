@@ -39,7 +39,7 @@ use crate::kit::snapshot_controller;
 const REPLICAS: i32 = 2;
 
 /// All of it but the removal.
-const LIMIT: Duration = Duration::from_mins(8);
+const LIMIT: Duration = Duration::from_mins(12);
 
 /// From the start of the agent until every backup has its first status.
 const SETTLE_TIMEOUT: Duration = Duration::from_mins(2);
