@@ -8,6 +8,8 @@ use std::fmt::{self, Debug, Display, Formatter};
 use std::sync::{Mutex, PoisonError};
 
 use dashmap::DashMap;
+use futures::FutureExt;
+use kube::runtime::reflector::{ObjectRef, Store};
 use kube::{Resource, ResourceExt};
 use tokio::sync::{Barrier, mpsc};
 
@@ -23,7 +25,7 @@ pub(crate) struct Holder {
     kind: String,
     pub(crate) namespace: String,
     pub(crate) name: String,
-    uid: String,
+    pub(crate) uid: String,
 }
 
 impl Holder {
@@ -35,6 +37,18 @@ impl Holder {
             name: object.name_any(),
             uid: object.uid().unwrap_or_default(),
         }
+    }
+
+    /// Whether a store of its kind knows it; another one of its name is not it.
+    pub(crate) fn is_in<K>(&self, store: &Store<K>) -> bool
+    where
+        K: Resource<DynamicType = ()> + Clone + 'static,
+    {
+        // Before the first list is complete nothing is known to be gone.
+        store.wait_until_ready().now_or_never().is_none()
+            || store
+                .get(&ObjectRef::new(&self.name).within(&self.namespace))
+                .is_some_and(|found| found.uid().as_ref() == Some(&self.uid))
     }
 }
 
@@ -121,6 +135,22 @@ impl Occupancy {
         }
     }
 
+    /// Lets go what an object that is gone had in hand, by its kind and name: it no longer does so itself.
+    pub(crate) fn forget<K: Resource<DynamicType = ()>>(&self, gone: &ObjectRef<K>) {
+        let is_gone = |held: &Holder| {
+            held.kind == K::kind(&())
+                && held.name == gone.name
+                && Some(&held.namespace) == gone.namespace.as_ref()
+                && !self.exists(held)
+        };
+        let held = self.held.iter().map(|entry| (entry.key().clone(), entry.value().clone()));
+        // Collected first: an entry that is being looked at is locked.
+        let held: Vec<_> = held.filter(|(_, held)| is_gone(held)).collect();
+        for (set, holder) in held {
+            self.vacate(&set, &holder);
+        }
+    }
+
     fn exists(&self, holder: &Holder) -> bool {
         self.kinds.get(&holder.kind).is_none_or(|exists| exists(holder))
     }
@@ -165,5 +195,28 @@ mod tests {
         occupancy.resume(set(), gone);
         assert_eq!(occupancy.other(&set(), &there), None);
         assert_eq!(occupancy.occupy(&set(), &there), Ok(()));
+    }
+
+    #[test]
+    fn who_waits_for_an_object_that_goes_is_told() {
+        let occupancy = Occupancy::new();
+        let mut freed = occupancy.join::<StatefulSetBackup>(|holder| holder.name != "gone");
+        let [gone, there] = ["gone", "there"].map(|name| {
+            let mut backup = StatefulSetBackup::new(name, StatefulSetBackupSpec::new("db"));
+            backup.metadata.namespace = Some("shop".to_owned());
+            backup
+        });
+        let other_set = ("shop".to_owned(), "cache".to_owned());
+        occupancy.resume(set(), Holder::of(&gone));
+        occupancy.resume(other_set.clone(), Holder::of(&there));
+
+        occupancy.forget::<StatefulSetRestore>(&ObjectRef::new("gone").within("shop"));
+        occupancy.forget::<StatefulSetBackup>(&ObjectRef::new("gone").within("elsewhere"));
+        occupancy.forget(&ObjectRef::from_obj(&there));
+        assert!(freed.try_recv().is_err(), "it is there, or another one");
+        occupancy.forget(&ObjectRef::from_obj(&gone));
+        assert_eq!(freed.try_recv(), Ok(set()));
+        assert!(freed.try_recv().is_err());
+        assert_eq!(occupancy.other(&other_set, &Holder::of(&gone)), Some(Holder::of(&there)));
     }
 }

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use dashmap::DashMap;
 use kube::api::ListParams;
-use kube::runtime::controller::{Action, Controller};
-use kube::runtime::reflector::{self, Store};
+use kube::runtime::controller::{Action, Controller, Error as ControllerError};
+use kube::runtime::reflector::{self, ObjectRef, Store};
 use kube::runtime::watcher::Config as WatcherConfig;
 use kube::runtime::{WatchStreamExt, watcher};
 use kube::{Api, Resource, ResourceExt};
@@ -32,8 +32,27 @@ where
         .default_backoff()
         .modify(keep)
         .reflect(writer)
-        .applied_objects();
+        // Also of those that are gone: what this process has of them goes, too.
+        .touched_objects();
     (Controller::for_stream(changes, store.clone()), store)
+}
+
+/// The object that a controller was to look at, and that is gone. Its reconciliations have ended by then.
+pub(crate) fn gone_object<K>(
+    reconciled: std::result::Result<(ObjectRef<K>, Action), ControllerError<Error, watcher::Error>>,
+) -> Option<ObjectRef<K>>
+where
+    K: Resource<DynamicType = ()>,
+{
+    match reconciled {
+        Err(ControllerError::ObjectNotFound(gone)) => Some(gone.into_kind_unchecked(())),
+        Err(ControllerError::QueueError(err)) => {
+            warn!(error = %telemetry::chain(&err), kind = %K::kind(&()), "objects cannot be watched");
+            None
+        }
+        // The error policy has told of the others.
+        Ok(_) | Err(_) => None,
+    }
 }
 
 /// All objects of a kind, however long the API server takes to tell them.
@@ -71,6 +90,13 @@ impl Failures {
             self.0.remove(&object.uid().unwrap_or_default());
         }
         result
+    }
+
+    /// Forgets an object that is gone.
+    pub(crate) fn forget<K: Resource>(&self, gone: &ObjectRef<K>) {
+        if let Some(uid) = &gone.extra.uid {
+            self.0.remove(uid);
+        }
     }
 
     /// Says that one failed; when to try again, after `longest` at the latest.

@@ -30,7 +30,7 @@ pub(super) struct Context {
     /// Cancelled when this replica is to stop: no new work, thaw what is frozen.
     pub(super) stop: CancellationToken,
     /// The runs whose hooks this process is running, by the uid of their object.
-    pub(super) sections: DashMap<String, CancellationToken>,
+    pub(super) sections: Arc<DashMap<String, CancellationToken>>,
     pub(super) tasks: TaskTracker,
     /// Who has which `StatefulSet` in hand.
     pub(super) occupancy: Arc<Occupancy>,
@@ -68,12 +68,26 @@ impl Context {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A run is over, or its object is gone: lets others run, and tells those that may wait for it.
+    /// A run is over: lets others run, and tells those that may wait for it.
     pub(super) fn vacate(&self, backup: &StatefulSetBackup) {
-        for waiting in self.queue().leave(&ObjectRef::from_obj(backup)) {
+        self.leave_queue(&ObjectRef::from_obj(backup));
+        self.occupancy.vacate(&set_name(backup), &Holder::of(backup));
+    }
+
+    /// A backup is gone, perhaps with a run: that is over once nothing is frozen; the end of its section comes back here.
+    pub(super) fn forget(&self, gone: &ObjectRef<StatefulSetBackup>) {
+        if let Some(section) = gone.extra.uid.as_ref().and_then(|uid| self.sections.get(uid)) {
+            section.cancel();
+        }
+        self.leave_queue(gone);
+        self.occupancy.forget(gone);
+        self.failures.forget(gone);
+    }
+
+    fn leave_queue(&self, backup: &ObjectRef<StatefulSetBackup>) {
+        for waiting in self.queue().leave(backup) {
             let _ = self.wake.send(waiting);
         }
-        self.occupancy.vacate(&set_name(backup), &Holder::of(backup));
     }
 
     /// Who else has the `StatefulSet` in hand.

@@ -26,10 +26,10 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use dashmap::DashMap;
+use futures::StreamExt;
 use futures::future::join_all;
-use futures::{FutureExt, StreamExt};
 use jiff::Timestamp;
-use kube::runtime::controller::{Action, Config as ControllerConfig, Error as ControllerError};
+use kube::runtime::controller::{Action, Config as ControllerConfig};
 use kube::runtime::events::Reporter;
 use kube::runtime::reflector::ObjectRef;
 use kube::{Api, ResourceExt};
@@ -54,7 +54,7 @@ use self::tasks::spawn_section;
 use self::triggers::{freed_sets, grant_changes, snapshot_changes, stateful_set_changes};
 use crate::error::{Error, Result};
 use crate::occupancy::Holder;
-use crate::reconciler::{Failures, RESYNC, jittered, list_all, watched};
+use crate::reconciler::{Failures, RESYNC, gone_object, jittered, list_all, watched};
 use crate::{app, clock, telemetry};
 
 /// How long one look at a backup may take before it is given up and tried again.
@@ -69,11 +69,11 @@ pub(crate) async fn run(app: app::Context, stop: CancellationToken) {
     let (wake, woken) = mpsc::unbounded_channel();
     let backups: Api<StatefulSetBackup> = Api::all(client.clone());
     let (controller, store) = watched(backups.clone(), keep);
-    let known = store.clone();
+    let (known, sections) = (store.clone(), Arc::new(DashMap::new()));
+    let under_way = Arc::clone(&sections);
     let freed = occupancy.join::<StatefulSetBackup>(move |holder| {
-        // Before the first list is complete nothing is known to be gone.
-        known.wait_until_ready().now_or_never().is_none()
-            || known.get(&ObjectRef::new(&holder.name).within(&holder.namespace)).is_some()
+        // Its pods may be frozen, though it is gone.
+        holder.is_in(&known) || under_way.contains_key(&holder.uid)
     });
     let cx = Arc::new(Context {
         reporter: Reporter { controller: FIELD_MANAGER.to_owned(), instance: Some(config.identity.clone()) },
@@ -82,7 +82,7 @@ pub(crate) async fn run(app: app::Context, stop: CancellationToken) {
         exec: exec_client,
         leadership,
         stop: stop.clone(),
-        sections: DashMap::new(),
+        sections,
         tasks: TaskTracker::new(),
         occupancy: Arc::clone(&occupancy),
         queue: Mutex::new(Queue::new(config.limits)),
@@ -102,8 +102,8 @@ pub(crate) async fn run(app: app::Context, stop: CancellationToken) {
             .graceful_shutdown_on(stop.cancelled_owned())
             .run(reconcile, error_policy, Arc::clone(&cx))
             .for_each(|reconciled| {
-                if let Err(ControllerError::QueueError(err)) = &reconciled {
-                    warn!(error = %telemetry::chain(err), "backups cannot be watched");
+                if let Some(gone) = gone_object(reconciled) {
+                    cx.forget(&gone);
                 }
                 ready(())
             })

@@ -64,6 +64,15 @@ impl Context {
         self.occupancy.vacate(&set_name(restore), &Holder::of(restore));
     }
 
+    /// A restore is gone: lets others have its `StatefulSet`, and ends what watches for it.
+    pub(super) fn forget(&self, gone: &ObjectRef<StatefulSetRestore>) {
+        if let Some((_, watch)) = gone.extra.uid.as_ref().and_then(|uid| self.watches.remove(uid)) {
+            watch.cancel();
+        }
+        self.occupancy.forget(gone);
+        self.failures.forget(gone);
+    }
+
     /// Publishes an Event, beside what is going on.
     pub(super) fn publish<K: Resource<DynamicType = ()>>(&self, about: &K, note: Note) {
         let (client, reporter, about) = (self.once.clone(), self.reporter.clone(), about.object_ref(&()));

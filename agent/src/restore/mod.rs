@@ -35,11 +35,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use dashmap::DashMap;
-use futures::{FutureExt, StreamExt};
+use futures::StreamExt;
 use jiff::Timestamp;
-use kube::runtime::controller::{Action, Config as ControllerConfig, Error as ControllerError};
+use kube::runtime::controller::{Action, Config as ControllerConfig};
 use kube::runtime::events::Reporter;
-use kube::runtime::reflector::ObjectRef;
 use kube::{Api, ResourceExt};
 use sts_backup_api::names::FIELD_MANAGER;
 use sts_backup_api::restore::{StatefulSetRestore, StatefulSetRestoreStatus};
@@ -59,8 +58,8 @@ use self::status::{next_status, notes};
 use self::triggers::{freed_sets, stateful_set_changes, volume_changes, watch};
 use crate::error::{Error, Result};
 use crate::occupancy::Holder;
-use crate::reconciler::{Failures, RESYNC, jittered, list_all, watched};
-use crate::{app, clock, telemetry};
+use crate::reconciler::{Failures, RESYNC, gone_object, jittered, list_all, watched};
+use crate::{app, clock};
 
 /// How long one look at a restore may take before it is given up and tried again.
 const RECONCILE_TIMEOUT: Duration = Duration::from_mins(1);
@@ -75,11 +74,7 @@ pub(crate) async fn run(app: app::Context, stop: CancellationToken) {
     let restores: Api<StatefulSetRestore> = Api::all(client.clone());
     let (controller, store) = watched(restores.clone(), keep);
     let known = store.clone();
-    let freed = occupancy.join::<StatefulSetRestore>(move |holder| {
-        // Before the first list is complete nothing is known to be gone.
-        known.wait_until_ready().now_or_never().is_none()
-            || known.get(&ObjectRef::new(&holder.name).within(&holder.namespace)).is_some()
-    });
+    let freed = occupancy.join::<StatefulSetRestore>(move |holder| holder.is_in(&known));
     let cx = Arc::new(Context {
         reporter: Reporter { controller: FIELD_MANAGER.to_owned(), instance: Some(config.identity.clone()) },
         metrics: RestoreMetrics::register(&metrics, store.clone()),
@@ -104,8 +99,8 @@ pub(crate) async fn run(app: app::Context, stop: CancellationToken) {
             .graceful_shutdown_on(stop.clone().cancelled_owned())
             .run(reconcile, error_policy, Arc::clone(&cx))
             .for_each(|reconciled| {
-                if let Err(ControllerError::QueueError(err)) = &reconciled {
-                    warn!(error = %telemetry::chain(err), "restores cannot be watched");
+                if let Some(gone) = gone_object(reconciled) {
+                    cx.forget(&gone);
                 }
                 ready(())
             });

@@ -6,6 +6,7 @@ use anyhow::{Context, Result, ensure};
 use k8s_openapi::api::core::v1::Pod;
 use kube::api::{DeleteParams, Patch, PatchParams};
 use serde_json::{Value, json};
+use sts_backup_api::backup::StatefulSetBackupStatus;
 use sts_backup_api::conditions::{LAST_BACKUP_SUCCEEDED, THAWED};
 use sts_backup_api::run::{Consistency, RunResult, RunStep};
 use sts_backup_e2e::kit::agent::Agent;
@@ -137,6 +138,39 @@ async fn a_thaw_that_fails_is_owed_no_longer_than_its_pod_exists() -> Result<()>
         let record = backup.await_runs(1).await?;
         ensure!(record.result == RunResult::Completed, "{record:?}");
         backup.await_condition(THAWED, "True", "Thawed").await?;
+        Ok(())
+    })
+    .await
+}
+
+#[tokio::test]
+#[ignore = "needs clusters: cargo e2e test"]
+async fn a_backup_that_is_torn_away_in_its_freeze_is_thawed_before_the_next_of_its_set_begins() -> Result<()>
+{
+    with_app(1, async |ns, app| {
+        let class = create_snapshot_class(ns, &[("cutDelay", "12s")]).await?;
+        let log = |word: &str| hook(&format!("echo {word} >>/dev/shm/log"));
+        let mut spec = hooked(&log("frozen"), &log("thawed"));
+        spec["volumeSnapshotClassName"] = json!(class);
+        let torn = Backup::write(ns, "torn", &spec).await?;
+        let is_frozen = |status: &StatefulSetBackupStatus| {
+            status.current_run.as_ref().is_some_and(|run| run.step == RunStep::Frozen)
+        };
+        torn.await_status("frozen", is_frozen).await?;
+        let next = Backup::write(ns, "next", &hooked(&log("next"), &hook("true"))).await?;
+        let is_behind = |status: &StatefulSetBackupStatus| {
+            status.conditions.iter().any(|condition| condition.message.contains("torn"))
+        };
+        next.await_status("behind the other", is_behind).await?;
+
+        // Nothing of it is left that an agent could look at.
+        let unheld = Patch::Merge(json!({ "metadata": { "finalizers": null } }));
+        torn.api().patch(torn.name(), &PatchParams::default(), &unheld).await?;
+        torn.delete().await?;
+        let record = next.await_runs(1).await?;
+        ensure!(record.result == RunResult::Completed, "{record:?}");
+        let log = lines(app, 0, "log").await?;
+        ensure!(log == ["frozen", "thawed", "next"], "{log:?}");
         Ok(())
     })
     .await
