@@ -199,6 +199,8 @@ async fn rounds(ns: &Namespace, name: &str, class: &str, count: usize) -> Result
     let hook = json!({ "command": ["true"] });
     spec.pre_backup_hook = Some(serde_json::from_value(hook.clone())?);
     spec.post_backup_hook = Some(serde_json::from_value(hook)?);
+    // Rounds are counted by the history.
+    spec.history_limit = i32::try_from(count + 1)?;
     // The run at creation fills the caches of all parts, and does not count.
     let backup = Backup::create(ns, name, spec).await?;
     backup.await_runs(1).await?;
