@@ -5,6 +5,8 @@
 pub mod backup;
 pub mod conditions;
 pub mod coverage;
+pub mod fleet;
+pub mod identity;
 pub mod names;
 pub mod points;
 pub mod policy;

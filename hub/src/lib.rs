@@ -2,3 +2,7 @@
 //! state of the fleet.
 //!
 //! It may depend on `sts-backup-api`, never on the agent: the two meet only in the link protocol.
+
+pub mod clock;
+pub mod pki;
+pub mod policies;
