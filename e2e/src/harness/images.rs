@@ -70,6 +70,7 @@ pub async fn make(harness: &Harness) -> Result<(Images, Vec<Archive>)> {
         &["sts-backup-agent", "--features=failpoints"],
     )
     .await?;
+    build_ours(harness, "hub", "sts-backup-hub", &["sts-backup-hub"]).await?;
 
     let sidecars = ["csi-provisioner", "csi-snapshotter", "snapshot-controller"];
     let driver_key = Key::new().with(packages.key()).with(std::fs::read(&driver)?).finish();

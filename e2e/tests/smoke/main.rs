@@ -17,6 +17,7 @@ mod crashes;
 mod faults;
 mod grants;
 mod hooks;
+mod hub;
 mod lifecycle;
 mod plugin;
 mod plugin_doctor;

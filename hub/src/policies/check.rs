@@ -65,9 +65,12 @@ static SCHEMA: LazyLock<Schema> = LazyLock::new(|| {
     Schema { open, closed, validator }
 });
 
-/// Lets an object have no fields but those that are known.
+/// Lets an object have no fields but those that are known, and a set no element twice.
 fn close(schema: &mut Value) {
     let Value::Object(fields) = schema else { return };
+    if fields.get("x-kubernetes-list-type").is_some_and(|kind| kind == "set") {
+        fields.insert("uniqueItems".to_owned(), Value::Bool(true));
+    }
     if fields.contains_key("properties") && !fields.contains_key("x-kubernetes-preserve-unknown-fields") {
         fields.entry("additionalProperties").or_insert(Value::Bool(false));
     }
