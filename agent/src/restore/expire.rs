@@ -13,9 +13,7 @@ use kube::runtime::watcher::Config as WatcherConfig;
 use kube::runtime::{WatchStreamExt, watcher};
 use kube::{Api, ResourceExt};
 use serde_json::{Value, json};
-use sts_backup_api::names::{
-    EXPIRES_AT_ANNOTATION, FIELD_MANAGER, FOR_CLAIM_ANNOTATION, RECLAIM_POLICY_ANNOTATION, RESTORE_LABEL,
-};
+use sts_backup_api::names::{FIELD_MANAGER, RESTORE_LABEL};
 use tracing::{info, warn};
 
 use super::context::Context;
@@ -90,7 +88,9 @@ async fn change(cx: &Context, volumes: &Api<PersistentVolume>, cached: &Persiste
         let claims: Api<PersistentVolumeClaim> = Api::namespaced(cx.client.clone(), &claim.namespace);
         let found = claims.get_metadata_opt(&claim.name).await;
         let found = found.map_err(Error::request("get the PersistentVolumeClaim"))?;
-        if found.is_some_and(|found| claim.uid.is_some() && found.metadata.uid == claim.uid) {
+        let found = found.filter(|found| claim.uid.is_some() && found.metadata.uid == claim.uid);
+        let is_going = found.as_ref().is_some_and(|found| found.metadata.deletion_timestamp.is_some());
+        if found.is_some() != (why == Due::InUse) || is_going {
             // The controller of volumes is behind.
             return Ok(());
         }
@@ -106,6 +106,11 @@ async fn change(cx: &Context, volumes: &Api<PersistentVolume>, cached: &Persiste
         Due::Deleted => {
             let message = format!("it was kept after a restore of {claim}, and is deleted now");
             cx.publish(&volume, Note::normal("VolumeExpired", "Expire", message));
+        }
+        Due::InUse => {
+            let message =
+                format!("it came from a restore of {claim}, is in use, and has its reclaim policy again");
+            cx.publish(&volume, Note::normal("VolumeGivenBack", "Expire", message));
         }
         Due::GivenBack => {
             let message = format!(
@@ -137,6 +142,8 @@ pub(super) enum Due {
     Deleted,
     /// It is its user's: nothing of us is left on it.
     GivenBack,
+    /// As before, and it gets its own policy back, as a claim has it.
+    InUse,
 }
 
 /// What is due to a volume now.
@@ -160,14 +167,13 @@ pub(super) fn expiry(volume: &VolumeFacts, now: Timestamp) -> Expiry {
             Expiry::Write { why: Due::Deleted, patch }
         }
         "Released" => {
-            let mut patch = patch(VolumeChange::Disarm);
-            let annotations = json!({
-                EXPIRES_AT_ANNOTATION: null, RECLAIM_POLICY_ANNOTATION: null, FOR_CLAIM_ANNOTATION: null,
-            });
-            patch["metadata"]["labels"] = json!({ RESTORE_LABEL: null });
-            patch["metadata"]["annotations"] = annotations;
-            patch["spec"] = json!({});
-            Expiry::Write { why: Due::GivenBack, patch }
+            let policy = volume.policy.clone();
+            Expiry::Write { why: Due::GivenBack, patch: patch(VolumeChange::Release { policy }) }
+        }
+        // Where the claim had none before the restore, and pods ran on a volume that was to be made anew.
+        "Bound" => {
+            let policy = volume.final_policy.clone().unwrap_or_else(|| volume.policy.clone());
+            Expiry::Write { why: Due::InUse, patch: patch(VolumeChange::Release { policy }) }
         }
         _ => Expiry::Later(None),
     }
@@ -175,6 +181,8 @@ pub(super) fn expiry(volume: &VolumeFacts, now: Timestamp) -> Expiry {
 
 #[cfg(test)]
 mod tests {
+    use sts_backup_api::names::{EXPIRES_AT_ANNOTATION, FOR_CLAIM_ANNOTATION, RECLAIM_POLICY_ANNOTATION};
+
     use super::*;
 
     fn at(second: i64) -> Timestamp {
@@ -233,8 +241,13 @@ mod tests {
     }
 
     #[test]
-    fn a_volume_that_a_claim_has_stays() {
-        assert_eq!(expiry(&volume("Bound", |_| ()), at(100)), Expiry::Later(None));
+    fn a_volume_that_a_claim_has_is_given_back_with_its_policy() {
+        let bound = volume("Bound", |_| ());
+        assert_eq!(expiry(&bound, at(99)), Expiry::Later(Some(at(100))));
+        let (why, patch) = due(&bound, 100).unwrap();
+        assert_eq!(why, Due::InUse);
+        assert_eq!(patch["spec"], json!({ "persistentVolumeReclaimPolicy": "Delete" }));
+        assert_eq!(patch["metadata"]["labels"], json!({ RESTORE_LABEL: null }));
     }
 
     #[test]
@@ -260,7 +273,7 @@ mod tests {
         for change in [was_retain as fn(&mut Value), is_static, by_another, no_csi] {
             let (why, patch) = due(&volume("Released", change), 100).unwrap();
             assert_eq!(why, Due::GivenBack);
-            assert_eq!(patch["spec"], json!({}));
+            assert_eq!(patch["spec"], json!({ "persistentVolumeReclaimPolicy": "Retain" }));
             assert_eq!(patch["metadata"]["labels"], json!({ RESTORE_LABEL: null }));
         }
     }

@@ -22,7 +22,7 @@ use sts_backup_api::restore::{
 use sts_backup_api::swap::{Swap, SwapPv, SwapStep, SwapVolume, Toward};
 
 use super::decide::{RestoreStep, Work, Write, after_refusal, next_restore_step};
-use super::expire::{Expiry, expiry};
+use super::expire::{Due, Expiry, expiry};
 use super::facts::{Objects, RestoreFacts, VolumeFacts, World};
 use super::perform::{scale_patch, volume_patch};
 use super::plan::{Planned, Verdict};
@@ -546,10 +546,17 @@ impl Cluster {
     pub(super) fn expire(&mut self) -> bool {
         for name in self.volumes.keys().cloned().collect::<Vec<_>>() {
             let facts = VolumeFacts::of(&self.volumes[&name]);
-            let patch = match expiry(&facts, self.now) {
-                Expiry::Write { patch, .. } => patch,
+            let (why, patch) = match expiry(&facts, self.now) {
+                Expiry::Write { why, patch } => (why, patch),
                 Expiry::Later(_) | Expiry::Never => continue,
             };
+            let claim = facts.claim.as_ref().and_then(|claim| self.claims.get(&claim.name));
+            let claim =
+                claim.filter(|claim| claim.uid() == facts.claim.as_ref().and_then(|of| of.uid.clone()));
+            let is_going = claim.is_some_and(|claim| claim.metadata.deletion_timestamp.is_some());
+            if claim.is_some() != (why == Due::InUse) || is_going {
+                continue;
+            }
             self.say(format!("{name} expires: {patch}"));
             self.change_volume(&name, &patch);
             return true;

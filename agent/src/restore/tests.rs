@@ -8,8 +8,9 @@ use proptest::prelude::*;
 use serde_json::json;
 use sts_backup_api::names::ROLLBACK_REQUESTED_AT_ANNOTATION;
 use sts_backup_api::restore::{OnFailure, RestorePhase};
+use sts_backup_api::swap::Toward;
 
-use super::model::{Cluster, REPLICAS, Setting};
+use super::model::{Cluster, REPLICAS, Setting, swap_of};
 
 fn settings() -> Vec<Setting> {
     let plain = Setting::default;
@@ -163,6 +164,29 @@ fn pods_that_do_not_become_ready_get_their_old_data_back_where_that_is_wanted() 
     let setting = Setting { on_failure: OnFailure::Rollback, ..Setting::default() };
     let mut cluster = Cluster::new(&setting);
     cluster.is_new_broken = true;
+    assert_eq!(finish(&mut cluster), Some(RestorePhase::RolledBack));
+}
+
+#[test]
+fn a_volume_that_a_claim_without_a_past_has_is_given_back_after_it_all() {
+    let mut cluster = Cluster::new(&Setting { from: 1, lacks_last: true, ..Setting::default() });
+    // Somebody starts the pod for whose claim a new volume waits, and goes on changing the StatefulSet.
+    while !cluster.log.last().is_some_and(|line| line.starts_with("pv-") && line.contains("\"data-db-2\"")) {
+        cluster.settle();
+        cluster.agent();
+    }
+    cluster.change_set(&json!({ "spec": { "replicas": REPLICAS } }));
+    cluster.settle();
+    assert!(cluster.pods.contains_key("db-2"), "{}", cluster.log.join("\n"));
+    while swap_of(&cluster).is_some_and(|(_, toward)| toward == Toward::Restored) {
+        if cluster.replicas() == 1 {
+            let label = json!({ "a": cluster.writes.to_string() });
+            cluster.change_set(&json!({ "spec": { "template": { "metadata": { "labels": label } } } }));
+        }
+        cluster.settle();
+        cluster.agent();
+        assert!(cluster.writes < 1000, "{}", cluster.log.join("\n"));
+    }
     assert_eq!(finish(&mut cluster), Some(RestorePhase::RolledBack));
 }
 
