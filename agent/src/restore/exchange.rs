@@ -37,6 +37,14 @@ pub(super) fn scaling_down(view: &View<'_>) -> RestoreStep {
         // Nothing was exchanged.
         return view.disarm().unwrap_or_else(|| RestoreStep::Record(scaled_up(view)));
     }
+    if view.swap.toward == Toward::Restored && view.swap.down_since.is_some() {
+        // Whoever scales up does so before or after our order is known to be carried out; and before any is reserved anew,
+        // which takes away the trace of who had it.
+        let swap = without_served(view);
+        if swap != *view.swap {
+            return RestoreStep::Record(swap);
+        }
+    }
     if let Some(set) = view.set()
         && let Some(step) = ordered(view, set)
     {
@@ -49,18 +57,10 @@ pub(super) fn scaling_down(view: &View<'_>) -> RestoreStep {
     if !gone.is_empty() {
         return volumes_gone(view, &gone);
     }
-    let is_contested = view.swap.contests > 0 && view.swap.toward == Toward::Restored;
-    if is_contested {
-        // Before any is reserved anew: that takes away the trace of who had it.
-        let swap = without_served(view);
-        if swap != *view.swap {
-            return RestoreStep::Record(swap);
-        }
-    }
     if let Some(step) = view.arm().or_else(|| pods_gone(view)) {
         return step;
     }
-    if is_contested {
+    if view.swap.toward == Toward::Restored {
         let swap = view.swap.clone();
         if swap.volumes.iter().any(|volume| volume.snapshot.is_some() && volume.restored.is_none()) {
             return RestoreStep::Record(Swap {

@@ -341,8 +341,8 @@ fn unstaged(view: &View<'_>) -> Option<RestoreStep> {
 /// Nothing was swapped: the new volumes go, and the old ones are as they were.
 pub(super) fn abandoning(view: &View<'_>) -> RestoreStep {
     let is_scaled = view.swap.down_since.is_some();
-    if is_scaled && !view.is_untouched() {
-        // Claims went with their pods after all.
+    if is_scaled && !view.has_old_claims() {
+        // Claims went with their pods after all. One that there was not is whose it is: there is nothing to take back.
         return RestoreStep::Record(view.rolled_back(view.swap.failure.clone()));
     }
     let armed = view.swap.volumes.iter().filter_map(|volume| {

@@ -190,6 +190,36 @@ fn a_volume_that_a_claim_without_a_past_has_is_given_back_after_it_all() {
     assert_eq!(finish(&mut cluster), Some(RestorePhase::RolledBack));
 }
 
+#[test]
+fn a_new_volume_that_a_pod_wrote_to_before_the_others_went_is_made_anew() {
+    let setting = Setting { deletes_claims: true, lacks_last: true, parallel: true, ..Setting::default() };
+    let mut cluster = Cluster::new(&setting);
+    while cluster.log.last().is_none_or(|line| line != "scale to 0") {
+        cluster.settle();
+        cluster.agent();
+    }
+    // Before anybody has noticed the order.
+    cluster.change_set(&json!({ "spec": { "replicas": REPLICAS } }));
+    assert_eq!(finish(&mut cluster), Some(RestorePhase::Completed));
+    assert!(cluster.log.iter().any(|line| line == "Staging Restored None"), "{}", cluster.log.join("\n"));
+}
+
+#[test]
+fn a_pod_that_somebody_starts_while_a_deleted_restore_lets_go_keeps_nothing() {
+    at_each_boundary(|setting, mut cluster| {
+        delete(&mut cluster);
+        for _ in 0..100 {
+            if cluster.log.last().is_some_and(|line| line.starts_with("Do { work: Release")) {
+                cluster.change_set(&json!({ "spec": { "replicas": REPLICAS } }));
+            }
+            cluster.settle();
+            cluster.agent();
+        }
+        finish(&mut cluster);
+        assert!(cluster.restore.is_none(), "{setting:?}\n{}", cluster.log.join("\n"));
+    });
+}
+
 fn pods(cluster: &Cluster) -> Vec<Option<String>> {
     cluster.pods.values().map(kube::ResourceExt::uid).collect()
 }

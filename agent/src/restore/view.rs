@@ -69,11 +69,18 @@ impl<'a> View<'a> {
 
     /// Every claim is the one that it was before the restore.
     pub(super) fn is_untouched(&self) -> bool {
-        self.swap.volumes.iter().all(|volume| match (&volume.previous, self.claim(volume)) {
-            (Some(previous), Some(claim)) => claim.uid == previous.claim_uid && !claim.ending,
-            (Some(_), None) => false,
-            (None, claim) => claim.is_none(),
-        })
+        let had_none = |volume: &SwapVolume| volume.previous.is_none();
+        let mut without_past = self.swap.volumes.iter().filter(|volume| had_none(volume));
+        self.has_old_claims() && without_past.all(|volume| self.claim(volume).is_none())
+    }
+
+    /// Every claim that there was before the restore is there, and stays.
+    pub(super) fn has_old_claims(&self) -> bool {
+        let is_there = |volume: &SwapVolume, previous: &SwapPv| {
+            self.claim(volume).is_some_and(|claim| claim.uid == previous.claim_uid && !claim.ending)
+        };
+        let mut volumes = self.swap.volumes.iter();
+        volumes.all(|volume| volume.previous.as_ref().is_none_or(|previous| is_there(volume, previous)))
     }
 
     /// A claim has this volume, or asks for it.
