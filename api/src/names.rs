@@ -94,6 +94,24 @@ pub const FOR_CLAIM_ANNOTATION: &str = "backup.sts-backup.io/for-claim";
 /// On a volume that a restore has left over: when it goes, RFC 3339.
 pub const EXPIRES_AT_ANNOTATION: &str = "backup.sts-backup.io/expires-at";
 
+/// On a policy, `true`: the hub placed it, and the agent keeps it as the hub wants it.
+pub const FROM_HUB_LABEL: &str = "hub.sts-backup.io/managed";
+
+/// Who writes the fields of such a policy.
+pub const HUB_FIELD_MANAGER: &str = "sts-backup-hub";
+
+/// On such a policy: hash of what the hub sent.
+pub const HUB_HASH_ANNOTATION: &str = "hub.sts-backup.io/hash";
+
+/// On such a policy: what the hub sent, so that it can be put back while the hub is away.
+pub const HUB_SPEC_ANNOTATION: &str = "hub.sts-backup.io/spec";
+
+/// On such a policy, `true`: neither the hub nor the agent changes it.
+pub const HUB_PAUSED_ANNOTATION: &str = "hub.sts-backup.io/paused";
+
+/// On the `ConfigMap` of the link: what of the hub somebody accepts that the agent holds back.
+pub const ACCEPT_ANNOTATION: &str = "hub.sts-backup.io/accept";
+
 /// The longest name of an object (RFC 1123 subdomain).
 const MAX_NAME: usize = 253;
 
