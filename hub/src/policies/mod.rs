@@ -14,13 +14,15 @@ use std::fmt::{self, Display, Formatter};
 use std::path::Path;
 
 use kube::core::{Selector, SelectorExt};
-use serde_json::Value;
+
+use sts_backup_api::link::body_hash;
 
 use self::check::check;
 pub use self::document::Place;
 use self::document::documents;
 pub use self::files::FilesError;
 use self::files::{File, read};
+use crate::fleet::place::Body;
 
 /// All fleet policies, by name.
 #[derive(Clone, Debug, Default)]
@@ -30,7 +32,7 @@ pub struct PolicySet(BTreeMap<String, FleetPolicy>);
 #[derive(Clone, Debug)]
 struct FleetPolicy {
     clusters: Selector,
-    policy: Value,
+    body: Body,
 }
 
 /// What is wrong with the text of a file, and what to do.
@@ -104,8 +106,9 @@ impl PolicySet {
                     problems.push(problem(place, message));
                     continue;
                 }
-                policies
-                    .insert(checked.name, FleetPolicy { clusters: checked.clusters, policy: checked.policy });
+                let json = serde_json::to_vec(&checked.policy).expect("a value is JSON");
+                let body = Body { hash: body_hash(&json), json: json.into() };
+                policies.insert(checked.name, FleetPolicy { clusters: checked.clusters, body });
             }
         }
         if problems.is_empty() { Ok(Self(policies)) } else { Err(problems) }
@@ -123,12 +126,17 @@ impl PolicySet {
         self.0.is_empty()
     }
 
-    /// The policies that a cluster with these labels gets: names, and specs of its `StatefulSetBackupPolicy` objects.
+    /// All policies: names, and what the clusters' objects are to be.
+    pub fn all(&self) -> impl Iterator<Item = (&str, &Body)> {
+        self.0.iter().map(|(name, policy)| (name.as_str(), &policy.body))
+    }
+
+    /// The policies that a cluster with these labels gets: names, and what its `StatefulSetBackupPolicy` objects are to be.
     pub fn of_cluster<'a>(
         &'a self,
         labels: &'a BTreeMap<String, String>,
-    ) -> impl Iterator<Item = (&'a str, &'a Value)> {
+    ) -> impl Iterator<Item = (&'a str, &'a Body)> {
         let placed = self.0.iter().filter(|(_, policy)| policy.clusters.matches(labels));
-        placed.map(|(name, policy)| (name.as_str(), &policy.policy))
+        placed.map(|(name, policy)| (name.as_str(), &policy.body))
     }
 }

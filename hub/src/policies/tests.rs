@@ -52,6 +52,7 @@ fn a_cluster_gets_the_policies_that_select_it_by_its_labels() {
 
     let labels = BTreeMap::from([("env".to_owned(), "prod".to_owned())]);
     let gold = set.of_cluster(&labels).find(|(name, _)| *name == "gold").unwrap().1;
+    let gold: Value = serde_json::from_slice(&gold.json).unwrap();
     assert_eq!(gold["rpo"], "26h");
     assert_eq!(gold.pointer("/template/spec/schedule"), Some(&Value::from("0 2 * * *")));
     assert_eq!(gold.get("priority"), None, "it would be the hub's, and nobody wrote it");

@@ -1,0 +1,651 @@
+//! The fleet: its clusters, what is placed on each, and which of them are connected. In memory as a whole, and in the store.
+//!
+//! It decides who is let in, and which revision a cluster has ([`place`] says of what); how that gets there is the
+//! [`link`](crate::link)'s.
+
+pub mod place;
+#[cfg(test)]
+mod tests;
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use dashmap::DashMap;
+use futures::{StreamExt, TryStreamExt, stream};
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use sts_backup_api::identity::ClusterId;
+use sts_backup_api::link::{Applied, Hello, applied::Outcome, short};
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+use uuid::Uuid;
+
+use self::place::{Body, Known, Placed};
+use crate::policies::PolicySet;
+use crate::store::{ClusterRow, Store, StoreError};
+
+/// How many clusters get their revisions at once: they share commits.
+const AT_ONCE: usize = 500;
+
+/// An agent that comes again this soon, as another one, fights with somebody.
+const FLAPPING: Duration = Duration::from_mins(1);
+
+/// How often it does before that is told.
+const FLAPS: u32 = 3;
+
+/// Why something is refused.
+#[derive(Debug, thiserror::Error)]
+pub enum FleetError {
+    /// There is no such cluster.
+    #[error("there is no cluster {0}: see clusters list")]
+    Unknown(String),
+    /// The name is one already.
+    #[error("a cluster has the name {0} already: write another one, or remove that cluster")]
+    NameTaken(String),
+    /// The id is one already.
+    #[error("a cluster has the id {0} already: leave it out to have a new one")]
+    IdTaken(ClusterId),
+    /// Nobody can have this name or label.
+    #[error(
+        "{what} {text:?} cannot be used: write at most 63 letters, digits, -, _ and ., such as {example}"
+    )]
+    Text {
+        /// What it is.
+        what: &'static str,
+        /// What was written.
+        text: String,
+        /// What can be.
+        example: &'static str,
+    },
+    /// Its agent holds nothing back.
+    #[error("the agent of {0} holds nothing back: there is nothing to confirm")]
+    NothingHeld(String),
+    /// The store does not take it.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+/// Why a cluster is not let in.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Refusal {
+    /// It is not known.
+    #[error("the cluster {0} is not known here: add it with `clusters add NAME --id {0}`")]
+    Unknown(ClusterId),
+    /// It is revoked.
+    #[error(
+        "the cluster {0} was revoked at {1}: remove it and add it again with a new certificate to let it in"
+    )]
+    Revoked(String, Timestamp),
+}
+
+/// Why a session ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// A newer connection has taken its place.
+    Replaced,
+    /// The cluster is let in no more.
+    Revoked,
+}
+
+/// What an agent said of itself.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct AgentInfo {
+    /// Its version.
+    pub agent_version: String,
+    /// That of its cluster.
+    pub kubernetes_version: String,
+    /// One life of one agent.
+    pub instance_id: String,
+    /// How far its clock is ahead of the hub's, milliseconds.
+    pub clock_offset_ms: i64,
+}
+
+/// What an agent has made of what it was sent.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct AppliedInfo {
+    /// The revision that it speaks of.
+    pub revision: u64,
+    /// Active, Held or Retrying.
+    pub outcome: String,
+    /// Why it is held.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub detail: String,
+    /// What it does not take, by name.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub rejected: BTreeMap<String, RejectedInfo>,
+    /// When it said so.
+    pub at: Timestamp,
+}
+
+/// Why a policy is not active as it was sent.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RejectedInfo {
+    /// A word for programs.
+    pub code: String,
+    /// A sentence for people.
+    pub detail: String,
+}
+
+/// A cluster.
+#[derive(Debug)]
+pub struct Cluster {
+    /// Its id.
+    pub id: ClusterId,
+    state: Mutex<State>,
+    changed: watch::Sender<()>,
+}
+
+/// What is known of a cluster.
+#[derive(Clone, Debug)]
+pub struct State {
+    /// What people call it.
+    pub name: String,
+    /// What policies select it by.
+    pub labels: BTreeMap<String, String>,
+    /// When it was added.
+    pub added: Timestamp,
+    /// From when on it is refused.
+    pub revoked: Option<Timestamp>,
+    /// Of what is placed on it.
+    pub revision: u64,
+    /// Up to which revision somebody has confirmed what its agent holds back.
+    pub confirmed: u64,
+    /// What is placed on it.
+    pub placed: Placed,
+    /// What its agent said of itself.
+    pub agent: Option<AgentInfo>,
+    /// What its agent has applied.
+    pub applied: Option<AppliedInfo>,
+    /// When it was last heard of.
+    pub seen: Option<Timestamp>,
+    /// Its connection; none: it is unknown how it is since it was last seen.
+    pub session: Option<Session>,
+    /// How often one agent has replaced another one in a row.
+    pub flaps: u32,
+}
+
+/// A connection of a cluster.
+#[derive(Clone, Debug)]
+pub struct Session {
+    /// Its own id.
+    pub id: Uuid,
+    /// Where the agent connects from.
+    pub address: SocketAddr,
+    /// Since when.
+    pub since: Timestamp,
+    instance: String,
+    end: watch::Sender<Option<End>>,
+}
+
+/// What a new session works with.
+#[derive(Debug)]
+pub struct Begun {
+    /// Its id.
+    pub id: Uuid,
+    /// Why it has to end.
+    pub end: watch::Receiver<Option<End>>,
+    /// Something of the cluster has changed.
+    pub changed: watch::Receiver<()>,
+}
+
+/// The policies in use, and what became of the newest files.
+#[derive(Clone, Debug, Default)]
+pub struct PoliciesState {
+    /// The last good set; none: the files have never been good since the hub began.
+    pub set: Option<Arc<PolicySet>>,
+    /// When it was read.
+    pub read: Option<Timestamp>,
+    /// Why what is there now is not used.
+    pub error: Option<String>,
+}
+
+/// All clusters.
+#[derive(Debug)]
+pub struct Fleet {
+    /// What is remembered.
+    pub store: Store,
+    clusters: DashMap<ClusterId, Arc<Cluster>>,
+    policies: Mutex<PoliciesState>,
+    /// One placement at a time: a revision belongs to one set.
+    placing: tokio::sync::Mutex<()>,
+    /// The hub ends.
+    pub draining: CancellationToken,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Cluster {
+    fn of(row: ClusterRow, bodies: &BTreeMap<Vec<u8>, Arc<[u8]>>) -> Self {
+        let body =
+            |hash: Vec<u8>| bodies.get(&hash).map(|json| Body { json: Arc::clone(json), hash: hash.clone() });
+        let parsed = |value: Option<Value>| value.and_then(|value| serde_json::from_value(value).ok());
+        let agent = row.hello.and_then(|hello| serde_json::from_value(hello).ok());
+        let applied = row.applied;
+        let state = State {
+            name: row.name,
+            labels: row.labels,
+            added: row.added,
+            revoked: row.revoked,
+            revision: row.revision,
+            confirmed: row.confirmed,
+            placed: row.placed.into_iter().map(|(name, hash)| (name, hash.and_then(body))).collect(),
+            agent,
+            applied: parsed(applied),
+            seen: row.seen,
+            session: None,
+            flaps: 0,
+        };
+        Self { id: row.id, state: Mutex::new(state), changed: watch::Sender::new(()) }
+    }
+
+    /// All that is known of it now.
+    #[must_use]
+    pub fn state(&self) -> State {
+        lock(&self.state).clone()
+    }
+
+    /// What people call it.
+    #[must_use]
+    pub fn name(&self) -> String {
+        lock(&self.state).name.clone()
+    }
+
+    /// What its agent, which knows this, is sent next.
+    #[must_use]
+    pub fn offer(&self, known: &Known) -> Option<sts_backup_api::link::Desired> {
+        let state = lock(&self.state);
+        place::offer(&state.placed, known, state.revision, state.confirmed)
+    }
+
+    fn is_session(&self, id: Uuid) -> bool {
+        lock(&self.state).session.as_ref().is_some_and(|session| session.id == id)
+    }
+}
+
+impl Fleet {
+    /// The fleet as the store remembers it.
+    ///
+    /// # Errors
+    /// If it cannot be read.
+    pub async fn open(store: Store) -> Result<Self, StoreError> {
+        let bodies = store.bodies().await?.into_iter().map(|(hash, body)| (hash, Arc::from(body))).collect();
+        let rows = store.clusters().await?.into_iter();
+        let clusters = rows.map(|row| (row.id, Arc::new(Cluster::of(row, &bodies)))).collect();
+        Ok(Self {
+            store,
+            clusters,
+            policies: Mutex::default(),
+            placing: tokio::sync::Mutex::default(),
+            draining: CancellationToken::new(),
+        })
+    }
+
+    /// All clusters, by name.
+    #[must_use]
+    pub fn clusters(&self) -> BTreeMap<String, Arc<Cluster>> {
+        self.clusters.iter().map(|entry| (entry.name(), Arc::clone(entry.value()))).collect()
+    }
+
+    /// The cluster of this name.
+    ///
+    /// # Errors
+    /// If there is none.
+    pub fn named(&self, name: &str) -> Result<Arc<Cluster>, FleetError> {
+        let found =
+            self.clusters.iter().find(|entry| entry.name() == name).map(|entry| Arc::clone(entry.value()));
+        found.ok_or_else(|| FleetError::Unknown(name.to_owned()))
+    }
+
+    /// The policies in use.
+    #[must_use]
+    pub fn policies(&self) -> PoliciesState {
+        lock(&self.policies).clone()
+    }
+
+    /// The newest files cannot be used: what was in use stays.
+    pub fn policies_are_bad(&self, error: String) {
+        lock(&self.policies).error = Some(error);
+    }
+
+    /// Places these policies on the clusters that they select.
+    ///
+    /// # Errors
+    /// If a new revision cannot be written. Whatever could be is placed.
+    pub async fn use_policies(&self, set: PolicySet, now: Timestamp) -> Result<(), StoreError> {
+        let _one_at_a_time = self.placing.lock().await;
+        let set = Arc::new(set);
+        *lock(&self.policies) = PoliciesState { set: Some(Arc::clone(&set)), read: Some(now), error: None };
+        let clusters: Vec<_> = self.clusters.iter().map(|entry| Arc::clone(entry.value())).collect();
+        let placed = stream::iter(clusters).map(|cluster| self.place(cluster, Arc::clone(&set)));
+        placed.buffer_unordered(AT_ONCE).try_collect::<()>().await
+    }
+
+    async fn place(&self, cluster: Arc<Cluster>, set: Arc<PolicySet>) -> Result<(), StoreError> {
+        let (next, revision) = {
+            let state = lock(&cluster.state);
+            let Some(next) = place::next(&state.placed, set.of_cluster(&state.labels)) else { return Ok(()) };
+            (next, state.revision + 1)
+        };
+        let bodies = next.iter().map(|(name, body)| {
+            (name.clone(), body.as_ref().map(|body| (body.hash.clone(), Arc::clone(&body.json))))
+        });
+        self.store.place(cluster.id, revision, bodies.collect()).await?;
+        {
+            let mut state = lock(&cluster.state);
+            state.placed = next;
+            state.revision = revision;
+        }
+        cluster.changed.send_replace(());
+        Ok(())
+    }
+
+    async fn place_again(&self, cluster: Arc<Cluster>) -> Result<(), StoreError> {
+        let _one_at_a_time = self.placing.lock().await;
+        let Some(set) = self.policies().set else { return Ok(()) };
+        self.place(cluster, set).await
+    }
+
+    /// Adds a cluster.
+    ///
+    /// # Errors
+    /// If its name or id is another one's or cannot be used, or it cannot be written.
+    pub async fn add(
+        &self,
+        id: ClusterId,
+        name: &str,
+        labels: BTreeMap<String, String>,
+        now: Timestamp,
+    ) -> Result<(), FleetError> {
+        check_name(name)?;
+        check_labels(&labels)?;
+        if self.named(name).is_ok() {
+            return Err(FleetError::NameTaken(name.to_owned()));
+        }
+        if self.clusters.contains_key(&id) {
+            return Err(FleetError::IdTaken(id));
+        }
+        self.store.add_cluster(id, name, &labels, now).await?;
+        let row = ClusterRow {
+            id,
+            name: name.to_owned(),
+            labels,
+            added: now,
+            revoked: None,
+            revision: 0,
+            confirmed: 0,
+            hello: None,
+            applied: None,
+            seen: None,
+            placed: BTreeMap::new(),
+        };
+        let cluster = Arc::new(Cluster::of(row, &BTreeMap::new()));
+        self.clusters.insert(id, Arc::clone(&cluster));
+        info!(cluster = name, %id, "cluster added");
+        Ok(self.place_again(cluster).await?)
+    }
+
+    /// Changes labels of a cluster: sets some, takes others away.
+    ///
+    /// # Errors
+    /// If there is no such cluster, or they cannot be used or written.
+    pub async fn label(
+        &self,
+        name: &str,
+        changes: &BTreeMap<String, Option<String>>,
+        now: Timestamp,
+    ) -> Result<BTreeMap<String, String>, FleetError> {
+        let cluster = self.named(name)?;
+        let mut labels = cluster.state().labels;
+        for (key, value) in changes {
+            match value {
+                Some(value) => labels.insert(key.clone(), value.clone()),
+                None => labels.remove(key),
+            };
+        }
+        check_labels(&labels)?;
+        self.store.label_cluster(cluster.id, name, &labels, now).await?;
+        lock(&cluster.state).labels.clone_from(&labels);
+        info!(cluster = name, ?labels, "cluster labelled");
+        self.place_again(cluster).await?;
+        Ok(labels)
+    }
+
+    /// Lets a cluster in no more, and ends its session.
+    ///
+    /// # Errors
+    /// If there is no such cluster, or it cannot be written.
+    pub async fn revoke(&self, name: &str, now: Timestamp) -> Result<(), FleetError> {
+        let cluster = self.named(name)?;
+        self.store.revoke_cluster(cluster.id, name, now).await?;
+        let session = {
+            let mut state = lock(&cluster.state);
+            state.revoked = Some(now);
+            state.session.take()
+        };
+        if let Some(session) = session {
+            session.end.send_replace(Some(End::Revoked));
+        }
+        warn!(cluster = name, id = %cluster.id, "cluster revoked");
+        Ok(())
+    }
+
+    /// Forgets a cluster and all that it reported. What it has, stays there.
+    ///
+    /// # Errors
+    /// If there is no such cluster, or it cannot be written.
+    pub async fn remove(&self, name: &str, now: Timestamp) -> Result<(), FleetError> {
+        let cluster = self.named(name)?;
+        self.store.remove_cluster(cluster.id, name, now).await?;
+        self.clusters.remove(&cluster.id);
+        if let Some(session) = lock(&cluster.state).session.take() {
+            session.end.send_replace(Some(End::Revoked));
+        }
+        warn!(cluster = name, id = %cluster.id, "cluster removed");
+        Ok(())
+    }
+
+    /// Confirms what the agent of a cluster holds back: the revision that it holds, and no later one.
+    ///
+    /// # Errors
+    /// If there is no such cluster, it holds nothing back, or it cannot be written.
+    pub async fn confirm(&self, name: &str, now: Timestamp) -> Result<u64, FleetError> {
+        let cluster = self.named(name)?;
+        let state = cluster.state();
+        let held =
+            state.applied.filter(|applied| applied.outcome == HELD && applied.revision == state.revision);
+        let Some(held) = held else { return Err(FleetError::NothingHeld(name.to_owned())) };
+        self.store.confirm(cluster.id, name, held.revision, now).await?;
+        lock(&cluster.state).confirmed = held.revision;
+        cluster.changed.send_replace(());
+        warn!(cluster = name, revision = held.revision, "what the agent holds back is confirmed");
+        Ok(held.revision)
+    }
+
+    /// The cluster, if it is let in.
+    ///
+    /// # Errors
+    /// If it is not.
+    pub fn admit(&self, id: ClusterId) -> Result<Arc<Cluster>, Refusal> {
+        let cluster = self.clusters.get(&id).map(|entry| Arc::clone(entry.value()));
+        let cluster = cluster.ok_or(Refusal::Unknown(id))?;
+        let state = lock(&cluster.state);
+        if let Some(revoked) = state.revoked {
+            return Err(Refusal::Revoked(state.name.clone(), revoked));
+        }
+        drop(state);
+        Ok(cluster)
+    }
+
+    /// Begins a session, which takes the place of an older one.
+    ///
+    /// # Errors
+    /// If the cluster is let in no more, or what its agent says cannot be written.
+    pub async fn begin(
+        &self,
+        cluster: &Arc<Cluster>,
+        hello: &Hello,
+        address: SocketAddr,
+        now: Timestamp,
+    ) -> Result<Begun, StoreError> {
+        let agent = AgentInfo {
+            agent_version: hello.agent_version.clone(),
+            kubernetes_version: hello.kubernetes_version.clone(),
+            instance_id: hello.instance_id.clone(),
+            clock_offset_ms: hello.wall_clock_ms.saturating_sub(now.as_millisecond()),
+        };
+        let as_json = json!(agent);
+        self.store.hello(cluster.id, &as_json, now).await?;
+        let (end, ends) = watch::channel(None);
+        let id = Uuid::new_v4();
+        let session = Session { id, address, since: now, instance: hello.instance_id.clone(), end };
+        let (older, flaps) = {
+            let mut state = lock(&cluster.state);
+            let older = state.session.replace(session);
+            let fights = older.as_ref().is_some_and(|older| {
+                let age = Duration::try_from(now.duration_since(older.since)).unwrap_or_default();
+                older.instance != hello.instance_id && age < FLAPPING
+            });
+            state.flaps = if fights { state.flaps.saturating_add(1) } else { 0 };
+            state.agent = Some(agent);
+            state.seen = Some(now);
+            (older, state.flaps)
+        };
+        let name = cluster.name();
+        if let Some(older) = older {
+            info!(cluster = name, old = %older.address, new = %address, "a newer connection takes the place of an older one");
+            older.end.send_replace(Some(End::Replaced));
+        }
+        if flaps >= FLAPS {
+            warn!(
+                cluster = name, %address, times = flaps,
+                "two agents connect as one cluster: one of them has the other's certificate; revoke it, and issue new ones"
+            );
+        }
+        Ok(Begun { id, end: ends, changed: cluster.changed.subscribe() })
+    }
+
+    /// Ends a session, if no other has taken its place.
+    pub async fn end(&self, cluster: &Cluster, id: Uuid, now: Timestamp) {
+        let was_there = {
+            let mut state = lock(&cluster.state);
+            let is_it = state.session.as_ref().is_some_and(|session| session.id == id);
+            if is_it {
+                state.session = None;
+            }
+            is_it
+        };
+        if was_there && let Err(error) = self.store.seen(cluster.id, now).await {
+            warn!(cluster = cluster.name(), %error, "when the cluster was last seen is not written");
+        }
+    }
+
+    /// Something came from a cluster; false: not from its present session.
+    #[must_use]
+    pub fn is_heard(&self, cluster: &Cluster, session: Uuid, now: Timestamp) -> bool {
+        let is_it = cluster.is_session(session);
+        if is_it {
+            lock(&cluster.state).seen = Some(now);
+        }
+        is_it
+    }
+
+    /// Notes what an agent has made of what it was sent.
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    pub async fn applied(
+        &self,
+        cluster: &Cluster,
+        applied: &Applied,
+        now: Timestamp,
+    ) -> Result<(), StoreError> {
+        let outcome = match applied.outcome() {
+            Outcome::Active => ACTIVE,
+            Outcome::Held => HELD,
+            Outcome::Retrying | Outcome::Unspecified => RETRYING,
+        };
+        let rejected = applied.items.iter().map(|item| {
+            (item.name.clone(), RejectedInfo { code: item.code.clone(), detail: item.detail.clone() })
+        });
+        let info = AppliedInfo {
+            revision: applied.revision,
+            outcome: outcome.to_owned(),
+            detail: applied.detail.clone(),
+            rejected: rejected.collect(),
+            at: now,
+        };
+        let name = cluster.name();
+        let hash = short(&applied.set_hash);
+        if outcome == HELD {
+            warn!(
+                cluster = name,
+                revision = info.revision,
+                set = hash,
+                why = info.detail,
+                "the agent holds back what it was sent"
+            );
+        } else {
+            info!(
+                cluster = name,
+                revision = info.revision,
+                set = hash,
+                outcome,
+                "what the agent has applied"
+            );
+        }
+        for (policy, RejectedInfo { code, detail }) in &info.rejected {
+            warn!(cluster = name, policy, code, detail, "the agent does not take a policy");
+        }
+        let as_json = json!(info);
+        self.store.applied(cluster.id, &as_json).await?;
+        lock(&cluster.state).applied = Some(info);
+        Ok(())
+    }
+}
+
+/// All of it is active, but for what is rejected.
+pub const ACTIVE: &str = "Active";
+/// None of it is, until somebody confirms it.
+pub const HELD: &str = "Held";
+/// The agent tries again.
+pub const RETRYING: &str = "Retrying";
+
+fn is_word(text: &str) -> bool {
+    let inside = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
+    let edge = |byte: Option<&u8>| byte.is_some_and(u8::is_ascii_alphanumeric);
+    let bytes = text.as_bytes();
+    text.len() <= 63 && text.bytes().all(inside) && edge(bytes.first()) && edge(bytes.last())
+}
+
+fn check_name(name: &str) -> Result<(), FleetError> {
+    let refused = || FleetError::Text { what: "the name", text: name.to_owned(), example: "prod-eu-1" };
+    is_word(name).then_some(()).ok_or_else(refused)
+}
+
+/// As Kubernetes has labels, for policies select clusters as they select all else.
+fn check_labels(labels: &BTreeMap<String, String>) -> Result<(), FleetError> {
+    for (key, value) in labels {
+        let (prefix, name) =
+            key.rsplit_once('/').map_or((None, &**key), |(prefix, name)| (Some(prefix), name));
+        let is_prefix = |prefix: &str| prefix.len() <= 253 && prefix.split('.').all(is_word);
+        if !is_word(name) || !prefix.is_none_or(is_prefix) {
+            return Err(FleetError::Text { what: "the label", text: key.clone(), example: "env=production" });
+        }
+        if !value.is_empty() && !is_word(value) {
+            return Err(FleetError::Text {
+                what: "the label's value",
+                text: value.clone(),
+                example: "production",
+            });
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,346 @@
+//! One agent's session: what it reports is written and acknowledged, what it lacks is sent, and its end is noticed.
+//!
+//! One `Desired` is under way at a time; what is newest counts when that is answered.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::Stream;
+use jiff::Timestamp;
+use sts_backup_api::link::{
+    AgentMessage, Applied, Desired, Drain, Heartbeat, Hello, HubMessage, Object, PROTOCOL, StatusAck,
+    Welcome, agent_message, applied::Outcome, hub_message,
+};
+use sts_backup_api::report::{BACKUP, BackupReport, RESTORE, RestoreReport};
+use sts_backup_service::clock;
+use sts_backup_service::telemetry::chain;
+use tokio::sync::{mpsc, watch};
+use tokio::time::{Instant, sleep_until, timeout};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Status, Streaming};
+use tracing::{Instrument, info, info_span, warn};
+
+use crate::fleet::place::Known;
+use crate::fleet::{Cluster, End, Fleet};
+use crate::store::{HistoryRow, ObjectKey, ObjectRow, Report};
+
+/// How long an agent may take to say who it is.
+const HELLO: Duration = Duration::from_secs(10);
+
+/// How long it may take to answer what it was sent, retries not counted: it says so when it retries.
+const ANSWER: Duration = Duration::from_mins(1);
+
+/// So many heartbeats are missed before an agent counts as gone; each may be a fifth late.
+const MISSED: f64 = 3.6;
+
+/// Agents come again within this time after the hub said that it ends.
+const COME_AGAIN_MS: u32 = 5000;
+
+/// Messages that wait for an agent.
+const OUTGOING: usize = 4;
+
+type Outgoing = mpsc::Sender<Result<HubMessage, Status>>;
+
+/// Starts a session; it ends when what it sends is dropped.
+pub(super) fn start(
+    fleet: Arc<Fleet>,
+    cluster: Arc<Cluster>,
+    messages: Streaming<AgentMessage>,
+    address: SocketAddr,
+    heartbeat: Duration,
+) -> impl Stream<Item = Result<HubMessage, Status>> + Send + 'static {
+    let (outgoing, sent) = mpsc::channel(OUTGOING);
+    let span = info_span!("session", cluster = cluster.name(), %address);
+    let session = async move {
+        if let Err(status) = run(&fleet, &cluster, messages, &outgoing, address, heartbeat).await {
+            // Nobody may be there to take it.
+            let _ = outgoing.try_send(Err(status));
+        }
+    };
+    tokio::spawn(session.instrument(span));
+    ReceiverStream::new(sent)
+}
+
+async fn run(
+    fleet: &Fleet,
+    cluster: &Arc<Cluster>,
+    mut messages: Streaming<AgentMessage>,
+    outgoing: &Outgoing,
+    address: SocketAddr,
+    heartbeat: Duration,
+) -> Result<(), Status> {
+    let hello = first(&mut messages).await?;
+    if hello.protocol != PROTOCOL {
+        let reason =
+            format!("the agent speaks version {} of the link, and the hub {PROTOCOL}", hello.protocol);
+        warn!(reason, "an agent is refused");
+        return Err(Status::failed_precondition(reason));
+    }
+    let begun =
+        fleet.begin(cluster, &hello, address, clock::now()).await.map_err(|error| unwritten(&error))?;
+    info!(version = hello.agent_version, kubernetes = hello.kubernetes_version, "an agent is connected");
+    let welcome = Welcome {
+        protocol: PROTOCOL,
+        store_id: fleet.store.id().to_string(),
+        session_id: begun.id.to_string(),
+        cluster_name: cluster.name(),
+        hub_time_ms: clock::now().as_millisecond(),
+        heartbeat_ms: u32::try_from(heartbeat.as_millis()).unwrap_or(u32::MAX),
+    };
+    let mut session = Session {
+        fleet,
+        cluster,
+        outgoing,
+        id: begun.id,
+        known: Known {
+            have: hello.have.into_iter().map(|have| (have.name, have.hash)).collect(),
+            rejected: BTreeMap::new(),
+            // A revision of another store says nothing.
+            answered: (hello.store_id == welcome.store_id).then_some(hello.applied_revision),
+        },
+        under_way: None,
+        is_held: None,
+        kept: None,
+    };
+    let ended = async {
+        session.send(hub_message::Message::Welcome(welcome)).await?;
+        session.speak(messages, begun.end, begun.changed, heartbeat.mul_f64(MISSED)).await
+    };
+    let ended = ended.await;
+    fleet.end(cluster, begun.id, clock::now()).await;
+    match &ended {
+        Ok(why) => info!(why, "the session ends"),
+        Err(status) => warn!(why = status.message(), "the session ends"),
+    }
+    ended.map(drop)
+}
+
+async fn first(messages: &mut Streaming<AgentMessage>) -> Result<Hello, Status> {
+    let said = timeout(HELLO, messages.message()).await;
+    let said = said.map_err(|_| Status::deadline_exceeded("the agent does not say who it is"))??;
+    match said.and_then(|said| said.message) {
+        Some(agent_message::Message::Hello(hello)) => Ok(hello),
+        _ => Err(Status::failed_precondition("the first message is none of who the agent is")),
+    }
+}
+
+fn unwritten(error: &crate::store::StoreError) -> Status {
+    let error = chain(error);
+    warn!(error, "what an agent says cannot be written: it is not acknowledged, and comes again");
+    Status::unavailable("the hub cannot write now")
+}
+
+struct Session<'a> {
+    fleet: &'a Fleet,
+    cluster: &'a Arc<Cluster>,
+    outgoing: &'a Outgoing,
+    id: uuid::Uuid,
+    known: Known,
+    /// What was sent and is not answered yet, and until when it has to be.
+    under_way: Option<(Desired, Instant)>,
+    /// The revision that the agent holds back, and whether it was confirmed as it was sent.
+    is_held: Option<(u64, bool)>,
+    /// What was reported since the agent began to report all.
+    kept: Option<BTreeSet<ObjectKey>>,
+}
+
+impl Session<'_> {
+    /// Speaks until the agent goes, or has to; says why.
+    async fn speak(
+        &mut self,
+        mut messages: Streaming<AgentMessage>,
+        mut end: watch::Receiver<Option<End>>,
+        mut changed: watch::Receiver<()>,
+        patience: Duration,
+    ) -> Result<&'static str, Status> {
+        let mut heard = clock::monotonic();
+        loop {
+            self.offer().await?;
+            let answer_by = self.under_way.as_ref().map(|(_, until)| *until);
+            let silent_by = heard + patience;
+            tokio::select! {
+                biased;
+                _ = end.changed() => {
+                    return match *end.borrow() {
+                        Some(End::Replaced) => Err(Status::aborted("a newer connection of this cluster has taken its place")),
+                        Some(End::Revoked) | None => Err(Status::unauthenticated("the cluster is revoked")),
+                    };
+                }
+                () = self.fleet.draining.cancelled() => {
+                    let drain = Drain { retry_after_ms: COME_AGAIN_MS };
+                    self.send(hub_message::Message::Drain(drain)).await?;
+                    return Ok("the hub ends");
+                }
+                message = messages.message() => {
+                    let Some(message) = message? else { return Ok("the agent has left") };
+                    heard = clock::monotonic();
+                    if !self.fleet.is_heard(self.cluster, self.id, clock::now()) {
+                        return Err(Status::aborted("a newer connection of this cluster has taken its place"));
+                    }
+                    if let Some(message) = message.message
+                        && self.take(message).await?
+                    {
+                        return Ok("the agent says goodbye");
+                    }
+                }
+                _ = changed.changed() => {}
+                () = sleep_until(answer_by.unwrap_or(silent_by)), if answer_by.is_some() => {
+                    return Err(Status::deadline_exceeded("the agent does not answer what it was sent"));
+                }
+                () = sleep_until(silent_by) => {
+                    return Err(Status::deadline_exceeded("the agent is silent"));
+                }
+            }
+        }
+    }
+
+    /// Sends what is missing, if nothing is under way.
+    async fn offer(&mut self) -> Result<(), Status> {
+        if self.under_way.is_some() {
+            return Ok(());
+        }
+        let Some(desired) = self.cluster.offer(&self.known) else { return Ok(()) };
+        if self.is_held == Some((desired.revision, desired.confirmed)) {
+            // It has it, and waits for somebody.
+            return Ok(());
+        }
+        self.send(hub_message::Message::Desired(desired.clone())).await?;
+        self.under_way = Some((desired, clock::monotonic() + ANSWER));
+        Ok(())
+    }
+
+    /// Does what a message asks for; true: it is the last one.
+    async fn take(&mut self, message: agent_message::Message) -> Result<bool, Status> {
+        match message {
+            agent_message::Message::Hello(_) => {
+                return Err(Status::failed_precondition("the agent says twice who it is"));
+            }
+            agent_message::Message::Applied(applied) => self.applied(&applied).await?,
+            agent_message::Message::Status(status) => {
+                if status.full_begin {
+                    self.kept = Some(BTreeSet::new());
+                }
+                let report = report(status.objects, status.gone)?;
+                if let Some(kept) = &mut self.kept {
+                    kept.extend(report.objects.iter().map(|object| object.key.clone()));
+                }
+                let (store, id) = (&self.fleet.store, self.cluster.id);
+                store.report(id, report).await.map_err(|error| unwritten(&error))?;
+                if status.full_end
+                    && let Some(kept) = self.kept.take()
+                {
+                    store.keep_only(id, kept).await.map_err(|error| unwritten(&error))?;
+                }
+                self.send(hub_message::Message::StatusAck(StatusAck { seq: status.seq })).await?;
+            }
+            agent_message::Message::Heartbeat(_) => {
+                let answer = Heartbeat { wall_clock_ms: clock::now().as_millisecond() };
+                self.send(hub_message::Message::Heartbeat(answer)).await?;
+            }
+            agent_message::Message::Goodbye(_) => return Ok(true),
+        }
+        Ok(false)
+    }
+
+    /// Notes what became of what was sent.
+    async fn applied(&mut self, applied: &Applied) -> Result<(), Status> {
+        let outcome = applied.outcome();
+        let fits = |(sent, _): &(Desired, Instant)| sent.revision == applied.revision;
+        if outcome == Outcome::Retrying {
+            // It has its own patience.
+            if let Some((_, until)) = self.under_way.as_mut().filter(|under_way| fits(under_way)) {
+                *until = clock::monotonic() + ANSWER;
+            }
+        } else if let Some((sent, _)) = self.under_way.take_if(|under_way| fits(under_way)) {
+            self.answered(sent, applied, outcome);
+        }
+        let written = self.fleet.applied(self.cluster, applied, clock::now()).await;
+        written.map_err(|error| unwritten(&error))
+    }
+
+    fn answered(&mut self, sent: Desired, applied: &Applied, outcome: Outcome) {
+        if outcome == Outcome::Held {
+            self.is_held = Some((sent.revision, sent.confirmed));
+            return;
+        }
+        self.is_held = None;
+        self.known.answered = Some(sent.revision);
+        let rejected: BTreeMap<_, _> = applied.items.iter().map(|item| (&item.name, &item.hash)).collect();
+        for item in sent.upserts {
+            if rejected.contains_key(&item.name) {
+                self.known.rejected.insert(item.name, item.hash);
+            } else {
+                self.known.rejected.remove(&item.name);
+                self.known.have.insert(item.name, item.hash);
+            }
+        }
+        for name in sent.removes {
+            // One that cannot be removed is not asked for again and again.
+            self.known.have.remove(&name);
+        }
+    }
+
+    async fn send(&self, message: hub_message::Message) -> Result<(), Status> {
+        let message = HubMessage { message: Some(message) };
+        let sent = timeout(ANSWER, self.outgoing.send(Ok(message))).await;
+        match sent {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(_)) => Err(Status::unavailable("the agent is gone")),
+            Err(_) => Err(Status::deadline_exceeded("the agent does not take what it is sent")),
+        }
+    }
+}
+
+/// What is to be written of a report.
+fn report(objects: Vec<Object>, gone: Vec<sts_backup_api::link::ObjectKey>) -> Result<Report, Status> {
+    let key = |key: sts_backup_api::link::ObjectKey| ObjectKey {
+        kind: key.kind,
+        namespace: key.namespace,
+        name: key.name,
+    };
+    let mut report = Report { gone: gone.into_iter().map(key).collect(), ..Report::default() };
+    for object in objects {
+        let bad = || Status::invalid_argument("an object of a status cannot be read");
+        let key = key(object.key.ok_or_else(bad)?);
+        let body = String::from_utf8(object.body).map_err(|_| bad())?;
+        match key.kind.as_str() {
+            BACKUP => {
+                let mut backup: BackupReport = serde_json::from_str(&body).map_err(|_| bad())?;
+                let runs = std::mem::take(&mut backup.runs);
+                report.history.extend(runs.iter().map(|run| HistoryRow {
+                    key: key.clone(),
+                    uid: backup.uid.clone(),
+                    run: run.id.clone(),
+                    started: run.started,
+                    result: run.result.clone(),
+                    body: serde_json::to_string(run).expect("texts and numbers are JSON"),
+                }));
+                backup.runs.extend(runs.into_iter().max_by_key(|run| run.started));
+                let body = serde_json::to_string(&backup).expect("texts and numbers are JSON");
+                report.objects.push(ObjectRow { key, body });
+            }
+            RESTORE => {
+                let restore: RestoreReport = serde_json::from_str(&body).map_err(|_| bad())?;
+                if restore.completed.is_some() {
+                    report.history.push(HistoryRow {
+                        key: key.clone(),
+                        run: restore.uid.clone(),
+                        uid: restore.uid,
+                        started: restore.started.unwrap_or(Timestamp::UNIX_EPOCH),
+                        result: restore.phase,
+                        body: body.clone(),
+                    });
+                }
+                report.objects.push(ObjectRow { key, body });
+            }
+            // Of a newer agent, too.
+            _ => {
+                serde_json::from_str::<serde_json::Value>(&body).map_err(|_| bad())?;
+                report.objects.push(ObjectRow { key, body });
+            }
+        }
+    }
+    Ok(report)
+}

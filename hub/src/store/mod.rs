@@ -1,0 +1,682 @@
+//! What the hub remembers: a `SQLite` file. All SQL is here.
+//!
+//! Reads run side by side; writes go through one [`writer`] that commits many at once, and says so when they are safe on
+//! the disk. It decides nothing of what is written.
+
+#[cfg(test)]
+mod tests;
+mod writer;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use jiff::Timestamp;
+use serde_json::Value;
+use sqlx::sqlite::{
+    SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteRow, SqliteSynchronous,
+};
+use sqlx::{Row, SqliteConnection};
+use sts_backup_api::identity::ClusterId;
+use uuid::Uuid;
+
+pub use self::writer::WriteError;
+use self::writer::Writer;
+
+/// How many reads run side by side.
+const READERS: u32 = 4;
+
+/// The store cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// The file cannot be opened.
+    #[error("open the database {}: set `database` to a file in a directory that this process may write to", path.display())]
+    Open {
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: sqlx::Error,
+    },
+    /// It was written by a newer hub, or is none of ours.
+    #[error("bring the database {} up to date: run the hub's newest version that has used it", path.display())]
+    Migrate {
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: sqlx::migrate::MigrateError,
+    },
+    /// A read failed.
+    #[error("read the database")]
+    Read(#[from] sqlx::Error),
+    /// A write failed: nothing of it is remembered.
+    #[error("write the database")]
+    Write(#[from] WriteError),
+    /// Something in it is not what the hub writes.
+    #[error("the database holds {what}")]
+    Corrupt {
+        /// What.
+        what: String,
+    },
+}
+
+/// The result of what the store does.
+pub type Result<T, E = StoreError> = std::result::Result<T, E>;
+
+/// Policies by name, with hash and body; none: a tombstone.
+pub type Bodies = BTreeMap<String, Option<(Vec<u8>, Arc<[u8]>)>>;
+
+/// A cluster, as it is remembered.
+#[derive(Clone, Debug)]
+pub struct ClusterRow {
+    /// Its id.
+    pub id: ClusterId,
+    /// What people call it.
+    pub name: String,
+    /// What policies select it by.
+    pub labels: BTreeMap<String, String>,
+    /// When it was added.
+    pub added: Timestamp,
+    /// From when on it is refused.
+    pub revoked: Option<Timestamp>,
+    /// Of what is placed on it.
+    pub revision: u64,
+    /// Up to which revision somebody has confirmed what agents hold back.
+    pub confirmed: u64,
+    /// What its agent said of itself, as JSON.
+    pub hello: Option<Value>,
+    /// What its agent has applied, as JSON.
+    pub applied: Option<Value>,
+    /// When it was last heard of.
+    pub seen: Option<Timestamp>,
+    /// Names of policies and hashes of their bodies; none: a tombstone.
+    pub placed: BTreeMap<String, Option<Vec<u8>>>,
+}
+
+/// A report of a cluster on some objects.
+#[derive(Clone, Debug, Default)]
+pub struct Report {
+    /// What they are like now.
+    pub objects: Vec<ObjectRow>,
+    /// Those that are gone.
+    pub gone: Vec<ObjectKey>,
+    /// What has ended of them.
+    pub history: Vec<HistoryRow>,
+}
+
+/// Which object.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct ObjectKey {
+    /// Its kind.
+    pub kind: String,
+    /// Its namespace; empty: none.
+    pub namespace: String,
+    /// Its name.
+    pub name: String,
+}
+
+/// An object.
+#[derive(Clone, Debug)]
+pub struct ObjectRow {
+    /// Which.
+    pub key: ObjectKey,
+    /// Its summary, as JSON.
+    pub body: String,
+}
+
+/// What has ended: a run of a backup, or a restore.
+#[derive(Clone, Debug)]
+pub struct HistoryRow {
+    /// The object that it belongs to.
+    pub key: ObjectKey,
+    /// That object's uid.
+    pub uid: String,
+    /// The run's id; of a restore its uid.
+    pub run: String,
+    /// When it began.
+    pub started: Timestamp,
+    /// How it ended.
+    pub result: String,
+    /// All of it, as JSON.
+    pub body: String,
+}
+
+/// The store. A handle: clones share the file.
+#[derive(Clone, Debug)]
+pub struct Store {
+    pool: SqlitePool,
+    writer: Writer,
+    id: Uuid,
+}
+
+impl Store {
+    /// Opens the file, and makes it where there is none.
+    ///
+    /// # Errors
+    /// If it cannot be opened, or is of a newer hub.
+    pub async fn open(path: &Path) -> Result<Self> {
+        let opened = |source| StoreError::Open { path: path.to_owned(), source };
+        let options = SqliteConnectOptions::new()
+            .filename(path)
+            .create_if_missing(true)
+            .foreign_keys(true)
+            .journal_mode(SqliteJournalMode::Wal)
+            // What is acknowledged survives a loss of power, too.
+            .synchronous(SqliteSynchronous::Full)
+            .busy_timeout(Duration::from_secs(10));
+        let one = SqlitePoolOptions::new().min_connections(1).max_connections(1);
+        let writing = one.idle_timeout(None).max_lifetime(None).connect_with(options.clone());
+        let writing = writing.await.map_err(opened)?;
+        let migrated = sqlx::migrate!("./migrations").run(&writing).await;
+        migrated.map_err(|source| StoreError::Migrate { path: path.to_owned(), source })?;
+        let insert = "INSERT INTO meta (key, value) VALUES ('store_id', ?) ON CONFLICT DO NOTHING";
+        sqlx::query(insert).bind(Uuid::new_v4().to_string()).execute(&writing).await.map_err(opened)?;
+        let id: String = sqlx::query_scalar("SELECT value FROM meta WHERE key = 'store_id'")
+            .fetch_one(&writing)
+            .await
+            .map_err(opened)?;
+        let id = id.parse().map_err(|_| corrupt("a store id that is none", &id))?;
+        let readers = SqlitePoolOptions::new().max_connections(READERS).connect_with(options.read_only(true));
+        Ok(Self { pool: readers.await.map_err(opened)?, writer: Writer::start(writing), id })
+    }
+
+    /// Which store it is: another one knows nothing of what this one has handed out.
+    #[must_use]
+    pub fn id(&self) -> Uuid {
+        self.id
+    }
+
+    /// Writes all that was asked for, and closes the file.
+    pub async fn close(&self) {
+        self.writer.close().await;
+        self.pool.close().await;
+    }
+
+    /// All clusters.
+    ///
+    /// # Errors
+    /// If they cannot be read.
+    pub async fn clusters(&self) -> Result<Vec<ClusterRow>> {
+        let rows = sqlx::query("SELECT * FROM clusters").fetch_all(&self.pool).await?;
+        let mut clusters = rows.iter().map(cluster).collect::<Result<Vec<_>>>()?;
+        let at: BTreeMap<_, _> =
+            clusters.iter().enumerate().map(|(at, row)| (row.id.to_string(), at)).collect();
+        for row in sqlx::query("SELECT cluster, name, hash FROM placed").fetch_all(&self.pool).await? {
+            if let Some(at) = at.get(row.try_get::<&str, _>("cluster")?) {
+                clusters[*at].placed.insert(row.try_get("name")?, row.try_get("hash")?);
+            }
+        }
+        Ok(clusters)
+    }
+
+    /// The bodies of all policies that are placed somewhere, by their hash.
+    ///
+    /// # Errors
+    /// If they cannot be read.
+    pub async fn bodies(&self) -> Result<BTreeMap<Vec<u8>, Vec<u8>>> {
+        let rows = sqlx::query("SELECT hash, body FROM bodies").fetch_all(&self.pool).await?;
+        rows.iter().map(|row| Ok((row.try_get("hash")?, row.try_get("body")?))).collect()
+    }
+
+    /// Adds a cluster.
+    ///
+    /// # Errors
+    /// If one has its id or name, or it cannot be written.
+    pub async fn add_cluster(
+        &self,
+        id: ClusterId,
+        name: &str,
+        labels: &BTreeMap<String, String>,
+        now: Timestamp,
+    ) -> Result<()> {
+        let (name, labels) = (name.to_owned(), text(labels));
+        self.write(move |connection| {
+            Box::pin(async move {
+                sqlx::query("INSERT INTO clusters (id, name, labels, added_ms) VALUES (?, ?, ?, ?)")
+                    .bind(id.to_string())
+                    .bind(&name)
+                    .bind(labels)
+                    .bind(now.as_millisecond())
+                    .execute(&mut *connection)
+                    .await?;
+                audit(connection, now, "ClusterAdded", &name, &id.to_string()).await
+            })
+        })
+        .await
+    }
+
+    /// Gives a cluster other labels.
+    ///
+    /// # Errors
+    /// If they cannot be written.
+    pub async fn label_cluster(
+        &self,
+        id: ClusterId,
+        name: &str,
+        labels: &BTreeMap<String, String>,
+        now: Timestamp,
+    ) -> Result<()> {
+        let (name, labels) = (name.to_owned(), text(labels));
+        self.write(move |connection| {
+            Box::pin(async move {
+                sqlx::query("UPDATE clusters SET labels = ? WHERE id = ?")
+                    .bind(&labels)
+                    .bind(id.to_string())
+                    .execute(&mut *connection)
+                    .await?;
+                audit(connection, now, "ClusterLabelled", &name, &labels).await
+            })
+        })
+        .await
+    }
+
+    /// Refuses a cluster from now on.
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    pub async fn revoke_cluster(&self, id: ClusterId, name: &str, now: Timestamp) -> Result<()> {
+        let name = name.to_owned();
+        self.write(move |connection| {
+            Box::pin(async move {
+                sqlx::query("UPDATE clusters SET revoked_ms = ? WHERE id = ?")
+                    .bind(now.as_millisecond())
+                    .bind(id.to_string())
+                    .execute(&mut *connection)
+                    .await?;
+                audit(connection, now, "ClusterRevoked", &name, &id.to_string()).await
+            })
+        })
+        .await
+    }
+
+    /// Forgets a cluster and all that it reported.
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    pub async fn remove_cluster(&self, id: ClusterId, name: &str, now: Timestamp) -> Result<()> {
+        let name = name.to_owned();
+        self.write(move |connection| {
+            Box::pin(async move {
+                sqlx::query("DELETE FROM clusters WHERE id = ?")
+                    .bind(id.to_string())
+                    .execute(&mut *connection)
+                    .await?;
+                audit(connection, now, "ClusterRemoved", &name, &id.to_string()).await
+            })
+        })
+        .await
+    }
+
+    /// Confirms what the agent of a cluster holds back, up to a revision.
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    pub async fn confirm(&self, id: ClusterId, name: &str, revision: u64, now: Timestamp) -> Result<()> {
+        let name = name.to_owned();
+        self.write(move |connection| {
+            Box::pin(async move {
+                sqlx::query("UPDATE clusters SET confirmed = ? WHERE id = ?")
+                    .bind(number(revision))
+                    .bind(id.to_string())
+                    .execute(&mut *connection)
+                    .await?;
+                audit(connection, now, "RevisionConfirmed", &name, &revision.to_string()).await
+            })
+        })
+        .await
+    }
+
+    /// Gives a cluster a new revision of what is placed on it: with each body, or a tombstone.
+    ///
+    /// # Errors
+    /// If it cannot be written: then the cluster has what it had.
+    pub async fn place(&self, id: ClusterId, revision: u64, placed: Bodies) -> Result<()> {
+        self.write(move |connection| {
+            Box::pin(async move {
+                let cluster = id.to_string();
+                sqlx::query("UPDATE clusters SET revision = ? WHERE id = ?")
+                    .bind(number(revision))
+                    .bind(&cluster)
+                    .execute(&mut *connection)
+                    .await?;
+                sqlx::query("DELETE FROM placed WHERE cluster = ?")
+                    .bind(&cluster)
+                    .execute(&mut *connection)
+                    .await?;
+                for (name, body) in &placed {
+                    if let Some((hash, body)) = body {
+                        sqlx::query("INSERT INTO bodies (hash, body) VALUES (?, ?) ON CONFLICT DO NOTHING")
+                            .bind(hash)
+                            .bind(&**body)
+                            .execute(&mut *connection)
+                            .await?;
+                    }
+                    sqlx::query("INSERT INTO placed (cluster, name, hash) VALUES (?, ?, ?)")
+                        .bind(&cluster)
+                        .bind(name)
+                        .bind(body.as_ref().map(|(hash, _)| hash))
+                        .execute(&mut *connection)
+                        .await?;
+                }
+                Ok(())
+            })
+        })
+        .await
+    }
+
+    /// Notes what an agent said of itself.
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    pub async fn hello(&self, id: ClusterId, hello: &Value, now: Timestamp) -> Result<()> {
+        let hello = hello.to_string();
+        self.write(move |connection| {
+            Box::pin(async move {
+                sqlx::query("UPDATE clusters SET hello = ?, seen_ms = ? WHERE id = ?")
+                    .bind(hello)
+                    .bind(now.as_millisecond())
+                    .bind(id.to_string())
+                    .execute(connection)
+                    .await?;
+                Ok(())
+            })
+        })
+        .await
+    }
+
+    /// Notes when a cluster was last heard of.
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    pub async fn seen(&self, id: ClusterId, now: Timestamp) -> Result<()> {
+        self.write(move |connection| {
+            Box::pin(async move {
+                sqlx::query("UPDATE clusters SET seen_ms = ? WHERE id = ?")
+                    .bind(now.as_millisecond())
+                    .bind(id.to_string())
+                    .execute(connection)
+                    .await?;
+                Ok(())
+            })
+        })
+        .await
+    }
+
+    /// Notes what an agent has applied.
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    pub async fn applied(&self, id: ClusterId, applied: &Value) -> Result<()> {
+        let applied = applied.to_string();
+        self.write(move |connection| {
+            Box::pin(async move {
+                sqlx::query("UPDATE clusters SET applied = ? WHERE id = ?")
+                    .bind(applied)
+                    .bind(id.to_string())
+                    .execute(connection)
+                    .await?;
+                Ok(())
+            })
+        })
+        .await
+    }
+
+    /// Notes what a cluster reports: each object's newest state, and once each what has ended.
+    ///
+    /// # Errors
+    /// If it cannot be written: then nothing of it is.
+    pub async fn report(&self, id: ClusterId, report: Report) -> Result<()> {
+        self.write(move |connection| Box::pin(write_report(connection, id, report))).await
+    }
+
+    /// Forgets the objects of a cluster that are not among these.
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    pub async fn keep_only(&self, id: ClusterId, kept: std::collections::BTreeSet<ObjectKey>) -> Result<()> {
+        self.write(move |connection| {
+            Box::pin(async move {
+                let cluster = id.to_string();
+                let rows = sqlx::query("SELECT kind, namespace, name FROM objects WHERE cluster = ?")
+                    .bind(&cluster)
+                    .fetch_all(&mut *connection)
+                    .await?;
+                for row in &rows {
+                    let key = object_key(row)?;
+                    if !kept.contains(&key) {
+                        delete_object(connection, &cluster, &key).await?;
+                    }
+                }
+                Ok(())
+            })
+        })
+        .await
+    }
+
+    /// Forgets what ended, and who did what, before that time.
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    pub async fn forget_before(&self, time: Timestamp) -> Result<()> {
+        self.write(move |connection| {
+            Box::pin(async move {
+                for table in [
+                    "DELETE FROM history WHERE started_ms < ?",
+                    "DELETE FROM audit WHERE at_ms < ?",
+                    // Takes no time, and belongs with what is forgotten.
+                    "DELETE FROM bodies WHERE ? AND NOT EXISTS (SELECT 1 FROM placed WHERE placed.hash = bodies.hash)",
+                ] {
+                    sqlx::query(table).bind(time.as_millisecond()).execute(&mut *connection).await?;
+                }
+                Ok(())
+            })
+        })
+        .await
+    }
+
+    /// The objects of a kind, each with the id of its cluster.
+    ///
+    /// # Errors
+    /// If they cannot be read.
+    pub async fn objects(&self, kind: &str) -> Result<Vec<(String, ObjectRow)>> {
+        let select = "SELECT cluster, kind, namespace, name, body FROM objects WHERE kind = ? \
+                      ORDER BY cluster, namespace, name";
+        let rows = sqlx::query(select).bind(kind).fetch_all(&self.pool).await?;
+        let object = |row: &SqliteRow| {
+            Ok((row.try_get("cluster")?, ObjectRow { key: object_key(row)?, body: row.try_get("body")? }))
+        };
+        rows.iter().map(object).collect()
+    }
+
+    /// The newest of what has ended, each with the id of its cluster: of one cluster, or of all.
+    ///
+    /// # Errors
+    /// If it cannot be read.
+    pub async fn history(
+        &self,
+        kind: &str,
+        cluster: Option<ClusterId>,
+        limit: u32,
+    ) -> Result<Vec<(String, HistoryRow)>> {
+        let select = "SELECT * FROM history WHERE kind = ?1 AND (?2 IS NULL OR cluster = ?2) \
+                      ORDER BY started_ms DESC LIMIT ?3";
+        let rows = sqlx::query(select)
+            .bind(kind)
+            .bind(cluster.map(|cluster| cluster.to_string()))
+            .bind(limit)
+            .fetch_all(&self.pool)
+            .await?;
+        let ended = |row: &SqliteRow| {
+            let ended = HistoryRow {
+                key: object_key(row)?,
+                uid: row.try_get("uid")?,
+                run: row.try_get("run")?,
+                started: time(row.try_get("started_ms")?)?,
+                result: row.try_get("result")?,
+                body: row.try_get("body")?,
+            };
+            Ok((row.try_get("cluster")?, ended))
+        };
+        rows.iter().map(ended).collect()
+    }
+
+    /// Who did what, newest first: time, action, object and detail.
+    ///
+    /// # Errors
+    /// If it cannot be read.
+    pub async fn audit(&self, limit: u32) -> Result<Vec<(Timestamp, String, String, String)>> {
+        let select = "SELECT at_ms, action, object, detail FROM audit ORDER BY at_ms DESC LIMIT ?";
+        let rows = sqlx::query(select).bind(limit).fetch_all(&self.pool).await?;
+        rows.iter()
+            .map(|row| {
+                let at = time(row.try_get("at_ms")?)?;
+                Ok((at, row.try_get("action")?, row.try_get("object")?, row.try_get("detail")?))
+            })
+            .collect()
+    }
+
+    /// Notes what somebody did.
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    pub async fn note(&self, action: &'static str, object: &str, detail: &str, now: Timestamp) -> Result<()> {
+        let (object, detail) = (object.to_owned(), detail.to_owned());
+        self.write(move |connection| {
+            Box::pin(async move { audit(connection, now, action, &object, &detail).await })
+        })
+        .await
+    }
+
+    async fn write(&self, job: impl writer::Job) -> Result<()> {
+        Ok(self.writer.write(job).await?)
+    }
+}
+
+async fn write_report(
+    connection: &mut SqliteConnection,
+    id: ClusterId,
+    report: Report,
+) -> Result<(), sqlx::Error> {
+    let cluster = id.to_string();
+    for ObjectRow { key, body } in &report.objects {
+        sqlx::query(
+            "INSERT INTO objects (cluster, kind, namespace, name, body) VALUES (?, ?, ?, ?, ?) \
+             ON CONFLICT DO UPDATE SET body = excluded.body",
+        )
+        .bind(&cluster)
+        .bind(&key.kind)
+        .bind(&key.namespace)
+        .bind(&key.name)
+        .bind(body)
+        .execute(&mut *connection)
+        .await?;
+    }
+    for key in &report.gone {
+        delete_object(connection, &cluster, key).await?;
+    }
+    for HistoryRow { key, uid, run, started, result, body } in &report.history {
+        sqlx::query(
+            "INSERT INTO history (cluster, uid, run, kind, namespace, name, started_ms, result, body) \
+             VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) \
+             ON CONFLICT DO UPDATE SET result = excluded.result, body = excluded.body",
+        )
+        .bind(&cluster)
+        .bind(uid)
+        .bind(run)
+        .bind(&key.kind)
+        .bind(&key.namespace)
+        .bind(&key.name)
+        .bind(started.as_millisecond())
+        .bind(result)
+        .bind(body)
+        .execute(&mut *connection)
+        .await?;
+    }
+    Ok(())
+}
+
+async fn delete_object(
+    connection: &mut SqliteConnection,
+    cluster: &str,
+    key: &ObjectKey,
+) -> Result<(), sqlx::Error> {
+    sqlx::query("DELETE FROM objects WHERE cluster = ? AND kind = ? AND namespace = ? AND name = ?")
+        .bind(cluster)
+        .bind(&key.kind)
+        .bind(&key.namespace)
+        .bind(&key.name)
+        .execute(connection)
+        .await?;
+    Ok(())
+}
+
+async fn audit(
+    connection: &mut SqliteConnection,
+    now: Timestamp,
+    action: &str,
+    object: &str,
+    detail: &str,
+) -> Result<(), sqlx::Error> {
+    sqlx::query("INSERT INTO audit (at_ms, action, object, detail) VALUES (?, ?, ?, ?)")
+        .bind(now.as_millisecond())
+        .bind(action)
+        .bind(object)
+        .bind(detail)
+        .execute(connection)
+        .await?;
+    Ok(())
+}
+
+fn object_key(row: &SqliteRow) -> Result<ObjectKey, sqlx::Error> {
+    Ok(ObjectKey {
+        kind: row.try_get("kind")?,
+        namespace: row.try_get("namespace")?,
+        name: row.try_get("name")?,
+    })
+}
+
+fn cluster(row: &SqliteRow) -> Result<ClusterRow> {
+    let json = |column: &str| -> Result<Option<Value>> {
+        let text: Option<&str> = row.try_get(column)?;
+        text.map(|text| serde_json::from_str(text).map_err(|_| corrupt("no JSON", text))).transpose()
+    };
+    let moment = |column: &str| row.try_get::<Option<i64>, _>(column)?.map(time).transpose();
+    let (id, labels): (&str, &str) = (row.try_get("id")?, row.try_get("labels")?);
+    let count = |column: &str| -> Result<u64> {
+        let number: i64 = row.try_get(column)?;
+        u64::try_from(number).map_err(|_| corrupt("a negative revision", &number.to_string()))
+    };
+    Ok(ClusterRow {
+        id: id.parse().map_err(|_| corrupt("a cluster's id that is none", id))?,
+        name: row.try_get("name")?,
+        labels: serde_json::from_str(labels).map_err(|_| corrupt("labels that are none", labels))?,
+        added: time(row.try_get("added_ms")?)?,
+        revoked: moment("revoked_ms")?,
+        revision: count("revision")?,
+        confirmed: count("confirmed")?,
+        hello: json("hello")?,
+        applied: json("applied")?,
+        seen: moment("seen_ms")?,
+        placed: BTreeMap::new(),
+    })
+}
+
+fn corrupt(what: &str, found: &str) -> StoreError {
+    StoreError::Corrupt { what: format!("{what}: {found:?}") }
+}
+
+fn time(milliseconds: i64) -> Result<Timestamp> {
+    Timestamp::from_millisecond(milliseconds)
+        .map_err(|_| corrupt("a time that is none", &milliseconds.to_string()))
+}
+
+fn text(labels: &BTreeMap<String, String>) -> String {
+    serde_json::to_string(labels).expect("strings are JSON")
+}
+
+/// `SQLite` has no unsigned numbers.
+fn number(revision: u64) -> i64 {
+    i64::try_from(revision).unwrap_or(i64::MAX)
+}

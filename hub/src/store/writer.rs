@@ -1,0 +1,141 @@
+//! One task writes, and commits what has come in meanwhile at once: a commit waits for the disk, whatever is in it.
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::future::BoxFuture;
+use sqlx::SqliteConnection;
+use sqlx::sqlite::SqlitePool;
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::timeout_at;
+
+/// The most writes of one commit.
+const MOST: usize = 500;
+
+/// How long a write waits for others to be committed with.
+const WINDOW: Duration = Duration::from_millis(20);
+
+/// How many writes may wait; more wait to be accepted.
+const QUEUE: usize = 2 * MOST;
+
+/// Why nothing of a write is remembered.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum WriteError {
+    /// The database refuses.
+    #[error(transparent)]
+    Refused(Arc<sqlx::Error>),
+    /// The store is closed.
+    #[error("the database is closed")]
+    Closed,
+}
+
+/// What is to be written: it is done as a whole or not at all.
+pub(super) trait Job:
+    for<'a> FnOnce(&'a mut SqliteConnection) -> BoxFuture<'a, Result<(), sqlx::Error>> + Send + 'static
+{
+}
+
+impl<F> Job for F where
+    F: for<'a> FnOnce(&'a mut SqliteConnection) -> BoxFuture<'a, Result<(), sqlx::Error>> + Send + 'static
+{
+}
+
+type Done = Result<(), WriteError>;
+type AnyJob =
+    Box<dyn for<'a> FnOnce(&'a mut SqliteConnection) -> BoxFuture<'a, Result<(), sqlx::Error>> + Send>;
+
+enum Order {
+    Write(AnyJob, oneshot::Sender<Done>),
+    Close(oneshot::Sender<()>),
+}
+
+/// Whoever wants something written.
+#[derive(Clone)]
+pub(super) struct Writer(mpsc::Sender<Order>);
+
+impl fmt::Debug for Writer {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str("Writer")
+    }
+}
+
+impl Writer {
+    /// Writes with the one connection of this pool.
+    pub(super) fn start(pool: SqlitePool) -> Self {
+        let (orders, received) = mpsc::channel(QUEUE);
+        tokio::spawn(run(pool, received));
+        Self(orders)
+    }
+
+    /// Returns when it is safe on the disk.
+    pub(super) async fn write(&self, job: impl Job) -> Done {
+        let (done, answer) = oneshot::channel();
+        let sent = self.0.send(Order::Write(Box::new(job), done)).await;
+        sent.map_err(|_| WriteError::Closed)?;
+        answer.await.unwrap_or(Err(WriteError::Closed))
+    }
+
+    /// Returns when all that was asked for before is written; what is asked for later is refused.
+    pub(super) async fn close(&self) {
+        let (done, answer) = oneshot::channel();
+        if self.0.send(Order::Close(done)).await.is_ok() {
+            let _ = answer.await;
+        }
+    }
+}
+
+async fn run(pool: SqlitePool, mut orders: mpsc::Receiver<Order>) {
+    while let Some(first) = orders.recv().await {
+        let mut next = Some(first);
+        let until = sts_backup_service::clock::monotonic() + WINDOW;
+        let (mut jobs, mut closing) = (Vec::new(), None);
+        while let Some(order) = next.take() {
+            match order {
+                Order::Write(job, done) => jobs.push((job, done)),
+                Order::Close(done) => {
+                    closing = Some(done);
+                    break;
+                }
+            }
+            if jobs.len() < MOST {
+                next = timeout_at(until, orders.recv()).await.ok().flatten();
+            }
+        }
+        commit(&pool, jobs).await;
+        if let Some(done) = closing {
+            pool.close().await;
+            let _ = done.send(());
+            return;
+        }
+    }
+}
+
+/// Does all in one transaction; what fails alone is undone alone.
+async fn commit(pool: &SqlitePool, jobs: Vec<(AnyJob, oneshot::Sender<Done>)>) {
+    if jobs.is_empty() {
+        return;
+    }
+    let mut waiting = Vec::new();
+    let written = async {
+        let mut transaction = pool.begin().await?;
+        for (job, done) in jobs {
+            sqlx::query("SAVEPOINT job").execute(&mut *transaction).await?;
+            match job(&mut transaction).await {
+                Ok(()) => waiting.push(done),
+                Err(error) => {
+                    let refused = Err(WriteError::Refused(Arc::new(error)));
+                    let undone = sqlx::query("ROLLBACK TO job").execute(&mut *transaction).await;
+                    let _ = done.send(refused);
+                    undone?;
+                }
+            }
+            sqlx::query("RELEASE job").execute(&mut *transaction).await?;
+        }
+        transaction.commit().await
+    };
+    let written = written.await.map_err(|error| WriteError::Refused(Arc::new(error)));
+    for done in waiting {
+        let _ = done.send(written.clone());
+    }
+}
