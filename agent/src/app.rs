@@ -9,6 +9,8 @@ use std::time::Duration;
 use kube::{Client, Config as ClusterConfig};
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::DescriptorEncoder;
+use sts_backup_service::http::{Health, Metrics, ServeError, Server, encode_gauge};
+use sts_backup_service::telemetry::chain;
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
@@ -17,15 +19,16 @@ use tracing::{error, info, warn};
 use crate::backup;
 use crate::config::Config;
 use crate::lease::{Elector, Leadership};
-use crate::metrics::{Health, Metrics, ServeError, Server, encode_gauge};
+use crate::link;
 use crate::occupancy::Occupancy;
 use crate::policy;
 use crate::restore;
-use crate::telemetry::chain;
 
 #[cfg(test)]
 mod tests;
 
+/// Why it is not ready; leader and follower both are.
+const WAITS_FOR: &str = "the API server has not answered a request for the lease yet";
 /// How long one request for the API server's version may take.
 const GREETING: Duration = Duration::from_secs(5);
 /// The longest pause between two of them.
@@ -156,7 +159,8 @@ async fn control(context: Context, stop: CancellationToken) {
     tokio::join!(
         backup::run(context.clone(), stop.clone()),
         restore::run(context.clone(), stop.clone()),
-        policy::run(context, stop)
+        policy::run(context.clone(), stop.clone()),
+        link::run(context, stop)
     );
 }
 
@@ -178,7 +182,12 @@ impl App {
         let server = Server::bind(config.listen).await?;
         // A round of the elector takes at most 3.2 times its pause.
         let patience = (config.lease.retry * 5).max(2 * (GREETING + LONGEST_PAUSE));
-        Ok(Self { config: Arc::new(config), metrics: Metrics::new(), health: Health::new(patience), server })
+        Ok(Self {
+            config: Arc::new(config),
+            metrics: Metrics::new(),
+            health: Health::new(patience, WAITS_FOR),
+            server,
+        })
     }
 
     /// Where it listens.

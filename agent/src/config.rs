@@ -1,24 +1,21 @@
 //! What the agent is told: defaults, then the file, then the environment, then flags, each over the one before.
 //!
-//! It parses and validates once; units live in the types from here on. It reads the file it is given, but never
-//! the process's environment: that is an argument, so that tests can say what it holds.
+//! It parses and validates once; units live in the types from here on.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use figment::Figment;
 use serde::{Deserialize, Serialize};
+pub use sts_backup_service::config::ConfigError;
+use sts_backup_service::config::Layers;
+use sts_backup_service::telemetry::LogFormat;
 
 pub use self::hook_profiles::HookProfile;
 use self::hook_profiles::WrittenHookProfile;
-use self::layers::{Layer, origin_of, unusable};
-use crate::telemetry;
 
 mod hook_profiles;
-mod layers;
 #[cfg(test)]
 mod tests;
 
@@ -45,6 +42,44 @@ pub struct Config {
     pub limits: Limits,
     /// Hooks that policies name.
     pub hook_profiles: BTreeMap<String, HookProfile>,
+    /// The link to a hub; none: there is none.
+    pub link: Option<LinkConfig>,
+}
+
+/// The link to a hub.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LinkConfig {
+    /// The hub's host name, as its certificate has it, and port.
+    pub hub: String,
+    /// Directory with `tls.crt`, `tls.key` and `ca.crt`.
+    pub certificates: PathBuf,
+    /// What the hub may do.
+    pub guardrails: Guardrails,
+}
+
+/// What a hub may do in this cluster. Only the file says so.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Guardrails {
+    /// The namespaces that its policies reach; empty: all.
+    pub allowed_namespaces: Vec<String>,
+    /// Its policies may hold commands for hooks, instead of names of hook profiles.
+    pub allow_hub_commands: bool,
+    /// The least `keepLast` of its policies, where they have a retention at all.
+    pub min_keep_last: i64,
+    /// The most policies that it may place.
+    pub max_policies: usize,
+}
+
+impl Default for Guardrails {
+    fn default() -> Self {
+        Self {
+            allowed_namespaces: Vec::new(),
+            allow_hub_commands: false,
+            min_keep_last: 0,
+            max_policies: 100,
+        }
+    }
 }
 
 /// The most snapshots that may be under way, each from its order until it is ready; at least 1.
@@ -67,16 +102,6 @@ pub struct LeaseConfig {
     pub renew_deadline: Duration,
     /// The time between two tries to get or to renew the lease.
     pub retry: Duration,
-}
-
-/// The form of the log.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "lowercase")]
-pub enum LogFormat {
-    /// One line for people.
-    Text,
-    /// One JSON object a line.
-    Json,
 }
 
 /// The configuration's keys as flags; what is absent is left to the layers below.
@@ -150,42 +175,6 @@ struct LeaseFlags {
     retry_seconds: Option<i64>,
 }
 
-/// A configuration that cannot be used; the text says which key, which value, why, and what to do.
-#[derive(Debug, thiserror::Error)]
-pub enum ConfigError {
-    /// The file cannot be read.
-    #[error("configuration file {} cannot be read: correct --config, or leave it out to run on the defaults", path.display())]
-    File {
-        /// The file.
-        path: PathBuf,
-        /// Why not.
-        #[source]
-        source: std::io::Error,
-    },
-    /// A layer holds something that no key takes: an unknown key, a wrong type, broken TOML.
-    #[error("{place}: {reason}; correct it there, or leave it out to have the default")]
-    Layer {
-        /// Key and layer, as far as they are known.
-        place: String,
-        /// What is wrong.
-        reason: String,
-    },
-    /// A value is outside of what its key takes.
-    #[error("{key} = {value} ({origin}): {reason}; {remedy}")]
-    Value {
-        /// The key, with its table.
-        key: String,
-        /// The refused value.
-        value: String,
-        /// The layer that it comes from.
-        origin: String,
-        /// Why it is refused.
-        reason: String,
-        /// What to do.
-        remedy: String,
-    },
-}
-
 /// The configuration as it is written, in the file and by `check`.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -201,6 +190,17 @@ struct Written {
     limits: WrittenLimits,
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     hook_profiles: BTreeMap<String, WrittenHookProfile>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    link: Option<WrittenLink>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct WrittenLink {
+    hub: String,
+    certificates: String,
+    #[serde(default)]
+    guardrails: Guardrails,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -239,9 +239,13 @@ impl Written {
             },
             limits: WrittenLimits { snapshots: 500, snapshots_per_driver: 100 },
             hook_profiles: BTreeMap::new(),
+            link: None,
         }
     }
 }
+
+/// Every variable of the environment that sets a key begins with this.
+const PREFIX: &str = "STSB_";
 
 /// Lays flags over the environment, that over the file, and that over the defaults, and validates the result.
 ///
@@ -252,17 +256,8 @@ pub fn load(
     environment: &BTreeMap<String, String>,
     flags: &Flags,
 ) -> Result<Config, ConfigError> {
-    let defaults = Layer::of("default", &Written::defaults(environment));
-    let variables = Layer::of_environment(environment, &defaults);
-    let mut layers = Figment::from(defaults);
-    if let Some(path) = file {
-        let text = std::fs::read_to_string(path);
-        let text = text.map_err(|source| ConfigError::File { path: path.to_owned(), source })?;
-        layers = layers.merge(Layer::of_file(path, &text)?);
-    }
-    let layers = layers.merge(variables).merge(Layer::of_flags(flags));
-    let written: Written = layers.extract().map_err(|error| unusable(&error))?;
-    Checks { layers: &layers }.config(written)
+    let layers = Layers::load(PREFIX, file, environment, &Written::defaults(environment), flags)?;
+    check(&layers, layers.extract()?)
 }
 
 impl Config {
@@ -283,6 +278,7 @@ impl Config {
             concurrent_reconciles,
             limits,
             hook_profiles,
+            link,
         } = self;
         let number = |number: usize| i64::try_from(number).unwrap_or(i64::MAX);
         let LeaseConfig { name, duration, renew_deadline, retry } = lease;
@@ -309,126 +305,106 @@ impl Config {
                 .iter()
                 .map(|(name, profile)| (name.clone(), WrittenHookProfile::of(profile)))
                 .collect(),
+            link: link.as_ref().map(|link| WrittenLink {
+                hub: link.hub.clone(),
+                certificates: link.certificates.display().to_string(),
+                guardrails: link.guardrails.clone(),
+            }),
         };
         toml::to_string(&written).expect("strings, numbers, lists and tables are always TOML")
     }
 }
 
-/// The validation; it knows the layers so that it can say where a refused value comes from.
-struct Checks<'a> {
-    layers: &'a Figment,
+/// The validation.
+fn check(layers: &Layers, written: Written) -> Result<Config, ConfigError> {
+    let Written {
+        listen,
+        namespace,
+        identity,
+        log_format,
+        log,
+        shutdown_seconds,
+        concurrent_reconciles,
+        lease,
+        limits,
+        hook_profiles,
+        link,
+    } = written;
+    let listen = layers.address("listen", &listen)?;
+    if !is_dns_label(&namespace) {
+        let remedy = "write the name of the namespace that the agent runs in";
+        return Err(layers.refuse("namespace", &namespace, "no namespace can have this name", remedy));
+    }
+    if identity.trim().is_empty() || identity.chars().any(char::is_control) {
+        let remedy = "write a name that people recognise in the lease, such as the pod's";
+        return Err(layers.refuse("identity", &identity, "it is no readable name", remedy));
+    }
+    layers.directives("log", &log, "warn,sts_backup_agent=debug")?;
+    let concurrent = layers.within("concurrent_reconciles", concurrent_reconciles, 1..=1000)?;
+    Ok(Config {
+        listen,
+        namespace,
+        identity,
+        log_format,
+        log,
+        lease: check_lease(layers, lease)?,
+        shutdown: layers.seconds("shutdown_seconds", shutdown_seconds)?,
+        concurrent_reconciles: u16::try_from(concurrent).expect("at most 1000"),
+        limits: Limits {
+            cluster: layers.number("limits.snapshots", limits.snapshots)?,
+            driver: layers.number("limits.snapshots_per_driver", limits.snapshots_per_driver)?,
+        },
+        hook_profiles: hook_profiles
+            .into_iter()
+            .map(|(name, profile)| Ok((name.clone(), profile.check(&name, layers)?)))
+            .collect::<Result<_, ConfigError>>()?,
+        link: link.map(|link| check_link(layers, link)).transpose()?,
+    })
 }
 
-impl Checks<'_> {
-    fn config(&self, written: Written) -> Result<Config, ConfigError> {
-        let Written {
-            listen,
-            namespace,
-            identity,
-            log_format,
-            log,
-            shutdown_seconds,
-            concurrent_reconciles,
-            lease,
-            limits,
-            hook_profiles,
-        } = written;
-        let listen = listen.parse().map_err(|_| {
-            let remedy = "write them as 0.0.0.0:9090 or [::]:9090; a host name is not looked up";
-            self.refuse("listen", &listen, "it is not an IP address with a port", remedy)
-        })?;
-        if !is_dns_label(&namespace) {
-            let remedy = "write the name of the namespace that the agent runs in";
-            return Err(self.refuse("namespace", &namespace, "no namespace can have this name", remedy));
-        }
-        if identity.trim().is_empty() || identity.chars().any(char::is_control) {
-            let remedy = "write a name that people recognise in the lease, such as the pod's";
-            return Err(self.refuse("identity", &identity, "it is no readable name", remedy));
-        }
-        telemetry::filter(&log).map_err(|error| {
-            let remedy = "write a level, or levels by target such as warn,sts_backup_agent=debug";
-            self.refuse("log", &log, &error.to_string(), remedy)
-        })?;
-        let concurrent = self.within("concurrent_reconciles", concurrent_reconciles, 1..=1000)?;
-        Ok(Config {
-            listen,
-            namespace,
-            identity,
-            log_format,
-            log,
-            lease: self.lease(lease)?,
-            shutdown: self.seconds("shutdown_seconds", shutdown_seconds)?,
-            concurrent_reconciles: u16::try_from(concurrent).expect("at most 1000"),
-            limits: Limits {
-                cluster: self.number("limits.snapshots", limits.snapshots)?,
-                driver: self.number("limits.snapshots_per_driver", limits.snapshots_per_driver)?,
-            },
-            hook_profiles: hook_profiles
-                .into_iter()
-                .map(|(name, profile)| Ok((name.clone(), profile.check(&name, self)?)))
-                .collect::<Result<_, ConfigError>>()?,
-        })
+fn check_link(layers: &Layers, written: WrittenLink) -> Result<LinkConfig, ConfigError> {
+    let WrittenLink { hub, certificates, guardrails } = written;
+    let (name, port) = hub.rsplit_once(':').unwrap_or_default();
+    if name.is_empty() || port.parse::<u16>().is_err() || hub.contains('/') {
+        let remedy = "write the host name that the hub's certificate has, such as hub.example.com:9443";
+        return Err(layers.refuse("link.hub", &hub, "it is no host name with a port", remedy));
     }
+    for namespace in &guardrails.allowed_namespaces {
+        if !is_dns_label(namespace) {
+            let key = "link.guardrails.allowed_namespaces";
+            let remedy = "write the names of namespaces";
+            return Err(layers.refuse(key, namespace, "no namespace can have this name", remedy));
+        }
+    }
+    let key = "link.guardrails.min_keep_last";
+    layers.within(key, guardrails.min_keep_last, 0..=100_000)?;
+    Ok(LinkConfig { hub, certificates: certificates.into(), guardrails })
+}
 
-    /// A number that is no limit when it is large.
-    fn number(&self, key: &str, value: i64) -> Result<usize, ConfigError> {
-        self.within(key, value, 1..=1_000_000).map(|value| usize::try_from(value).unwrap_or(usize::MAX))
+fn check_lease(layers: &Layers, written: WrittenLease) -> Result<LeaseConfig, ConfigError> {
+    let WrittenLease { name, duration_seconds, renew_deadline_seconds, retry_seconds } = written;
+    if name.len() > 253 || !name.split('.').all(is_dns_label) {
+        let remedy = "write lower-case letters, digits, - and ., such as sts-backup-agent";
+        return Err(layers.refuse("lease.name", &name, "no lease can have this name", remedy));
     }
-
-    fn lease(&self, written: WrittenLease) -> Result<LeaseConfig, ConfigError> {
-        let WrittenLease { name, duration_seconds, renew_deadline_seconds, retry_seconds } = written;
-        if name.len() > 253 || !name.split('.').all(is_dns_label) {
-            let remedy = "write lower-case letters, digits, - and ., such as sts-backup-agent";
-            return Err(self.refuse("lease.name", &name, "no lease can have this name", remedy));
-        }
-        let duration = self.seconds("lease.duration_seconds", duration_seconds)?;
-        let renew_deadline = self.seconds("lease.renew_deadline_seconds", renew_deadline_seconds)?;
-        let retry = self.seconds("lease.retry_seconds", retry_seconds)?;
-        if renew_deadline >= duration {
-            let reason = format!(
-                "a leader must give up before others take over, after lease.duration_seconds = {duration_seconds}"
-            );
-            let remedy = "lower it, or raise lease.duration_seconds";
-            let value = renew_deadline_seconds.to_string();
-            return Err(self.refuse("lease.renew_deadline_seconds", &value, &reason, remedy));
-        }
-        if retry >= renew_deadline {
-            let reason = format!(
-                "no second try would fit before lease.renew_deadline_seconds = {renew_deadline_seconds}"
-            );
-            let remedy = "lower it, or raise lease.renew_deadline_seconds";
-            return Err(self.refuse("lease.retry_seconds", &retry_seconds.to_string(), &reason, remedy));
-        }
-        Ok(LeaseConfig { name, duration, renew_deadline, retry })
+    let duration = layers.seconds("lease.duration_seconds", duration_seconds)?;
+    let renew_deadline = layers.seconds("lease.renew_deadline_seconds", renew_deadline_seconds)?;
+    let retry = layers.seconds("lease.retry_seconds", retry_seconds)?;
+    if renew_deadline >= duration {
+        let reason = format!(
+            "a leader must give up before others take over, after lease.duration_seconds = {duration_seconds}"
+        );
+        let remedy = "lower it, or raise lease.duration_seconds";
+        let value = renew_deadline_seconds.to_string();
+        return Err(layers.refuse("lease.renew_deadline_seconds", &value, &reason, remedy));
     }
-
-    /// A span of at least a second and at most an hour.
-    fn seconds(&self, key: &str, value: i64) -> Result<Duration, ConfigError> {
-        self.within(key, value, 1..=3600).map(Duration::from_secs)
+    if retry >= renew_deadline {
+        let reason =
+            format!("no second try would fit before lease.renew_deadline_seconds = {renew_deadline_seconds}");
+        let remedy = "lower it, or raise lease.renew_deadline_seconds";
+        return Err(layers.refuse("lease.retry_seconds", &retry_seconds.to_string(), &reason, remedy));
     }
-
-    fn within(&self, key: &str, value: i64, range: RangeInclusive<i64>) -> Result<u64, ConfigError> {
-        let (least, most) = (*range.start(), *range.end());
-        u64::try_from(value).ok().filter(|_| range.contains(&value)).ok_or_else(|| {
-            let reason = format!("it is not from {least} to {most}");
-            self.refuse(
-                key,
-                &value.to_string(),
-                &reason,
-                &format!("write a whole number from {least} to {most}"),
-            )
-        })
-    }
-
-    fn refuse(&self, key: &str, value: &str, reason: &str, remedy: &str) -> ConfigError {
-        ConfigError::Value {
-            key: key.to_owned(),
-            value: value.to_owned(),
-            origin: origin_of(key, self.layers.find_metadata(key)),
-            reason: reason.to_owned(),
-            remedy: remedy.to_owned(),
-        }
-    }
+    Ok(LeaseConfig { name, duration, renew_deadline, retry })
 }
 
 /// RFC 1123, as Kubernetes has it.

@@ -8,9 +8,8 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{MicroTime, ObjectMeta};
 use kube::api::PostParams;
 use kube::runtime::events::Reporter;
 use kube::{Api, Client};
+use sts_backup_service::{clock, telemetry};
 use tracing::{debug, warn};
-
-use crate::{clock, telemetry};
 
 /// The longest note that the API server admits in an Event, bytes.
 const MAX_NOTE: usize = 1024;

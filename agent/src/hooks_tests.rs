@@ -128,7 +128,7 @@ async fn neither_a_command_nor_its_output_reaches_a_log_of_any_level() {
     let written = Written::default();
     let writer = written.clone();
     let log = tracing_subscriber::fmt()
-        .with_env_filter(crate::telemetry::filter("trace").unwrap())
+        .with_env_filter(sts_backup_service::telemetry::filter("trace").unwrap())
         .with_span_events(FmtSpan::FULL)
         .with_writer(move || writer.clone());
     // The runtime of a test has one thread, so its tasks log here too.

@@ -10,6 +10,9 @@ use k8s_openapi::api::coordination::v1::{Lease, LeaseSpec};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{MicroTime, ObjectMeta};
 use kube::api::PostParams;
 use kube::{Api, Client};
+use sts_backup_service::clock;
+use sts_backup_service::http::Health;
+use sts_backup_service::telemetry::chain;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
@@ -17,10 +20,7 @@ use tracing::{debug, info, warn};
 
 pub use self::leadership::Leadership;
 use self::leadership::Tenure;
-use crate::clock;
 use crate::config::LeaseConfig;
-use crate::metrics::Health;
-use crate::telemetry::chain;
 
 #[cfg(test)]
 pub(crate) mod fake;

@@ -2,10 +2,10 @@
 //!
 //! It may depend on `sts-backup-api`, never on the hub: the two meet only in the link protocol.
 //!
-//! [`app`] puts the parts together: [`config`] is what the agent is told, [`telemetry`] how it logs, [`metrics`]
-//! what it shows over HTTP, [`lease`] which replica acts, and [`clock`] the only place that asks for the time.
+//! [`app`] puts the parts together: [`config`] is what the agent is told, [`lease`] which replica acts.
 //! `backup` is the controller of backups, [`hooks`] runs commands in pods for it. `policy` is the controller of
 //! policies, which makes backups.
+//! `link` is the link to a hub, where there is one.
 //! [`plugin`] is another program: the commands of kubectl-stsbackup.
 
 /// Names a boundary between two steps. With the feature `failpoints` the process ends there, as by SIGKILL, when
@@ -18,16 +18,14 @@ macro_rules! crash_point {
 
 pub mod app;
 mod backup;
-pub mod clock;
 pub mod config;
 mod error;
 mod events;
 pub mod hooks;
 pub mod lease;
-pub mod metrics;
+mod link;
 mod occupancy;
 pub mod plugin;
 mod policy;
 mod reconciler;
 mod restore;
-pub mod telemetry;

@@ -1,18 +1,17 @@
 //! The agent's binary: commands, signals and exit codes. Everything else is the library's.
 
-use std::collections::BTreeMap;
 use std::io;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
-use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio_util::sync::CancellationToken;
-use tracing::{error, info, warn};
+use sts_backup_service::config::environment;
+use sts_backup_service::signals;
+use sts_backup_service::telemetry::{self, chain};
+use tracing::{error, info};
 
 use sts_backup_agent::app::{self, Ends};
 use sts_backup_agent::config::{self, Config, ConfigError, Flags};
-use sts_backup_agent::telemetry::{self, chain};
 
 /// What the configuration or the command line makes impossible; clap ends with the same.
 const BAD_CONFIGURATION: u8 = 2;
@@ -59,11 +58,7 @@ struct Sources {
 impl Sources {
     /// The only look at the process's environment, apart from kube's for the cluster.
     fn load(&self) -> Result<Config, ConfigError> {
-        let text = |(name, value): (std::ffi::OsString, std::ffi::OsString)| {
-            Some((name.into_string().ok()?, value.into_string().ok()?))
-        };
-        let environment: BTreeMap<_, _> = std::env::vars_os().filter_map(text).collect();
-        config::load(self.config.as_deref(), &environment, &self.flags)
+        config::load(self.config.as_deref(), &environment(), &self.flags)
     }
 }
 
@@ -108,7 +103,7 @@ fn run(config: Config) -> ExitCode {
     let ends = Ends::default();
     telemetry::report_panics(ends.panicked.clone());
     let ended = runtime.block_on(async {
-        obey_signals(ends.shutdown.clone())?;
+        signals::obey(ends.shutdown.clone(), "databases may still be frozen")?;
         anyhow::Ok(Box::pin(app::run(config, ends)).await)
     });
     // What still runs was told to end, and had its time.
@@ -126,30 +121,5 @@ fn run(config: Config) -> ExitCode {
             error!(error = format!("{error:#}"), "the agent cannot start");
             ExitCode::from(FAILED)
         }
-    }
-}
-
-/// The first SIGTERM or SIGINT asks the agent to end, the second one ends it.
-fn obey_signals(shutdown: CancellationToken) -> io::Result<()> {
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
-    tokio::spawn(async move {
-        let kind = next(&mut terminate, &mut interrupt).await;
-        info!(signal = kind.as_raw_value(), "the agent is told to end; a second signal ends it at once");
-        shutdown.cancel();
-        let kind = next(&mut terminate, &mut interrupt).await;
-        warn!(
-            signal = kind.as_raw_value(),
-            "the agent is told to end at once: databases may still be frozen"
-        );
-        std::process::exit(128 + kind.as_raw_value());
-    });
-    Ok(())
-}
-
-async fn next(terminate: &mut Signal, interrupt: &mut Signal) -> SignalKind {
-    tokio::select! {
-        _ = terminate.recv() => SignalKind::terminate(),
-        _ = interrupt.recv() => SignalKind::interrupt(),
     }
 }

@@ -13,10 +13,10 @@ use kube::runtime::{WatchStreamExt, watcher};
 use kube::{Api, Resource, ResourceExt};
 use rand::Rng;
 use serde::de::DeserializeOwned;
+use sts_backup_service::telemetry;
 use tracing::{error, warn};
 
 use crate::error::{Error, Result};
-use crate::telemetry;
 
 /// How soon an object that waits for nothing is looked at again: a watch that had to begin anew does not tell what was
 /// deleted meanwhile.

@@ -1,12 +1,12 @@
 use std::collections::BTreeSet;
 
+use sts_backup_service::clock;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use super::*;
-use crate::clock;
 use crate::config::{self, Flags};
 use crate::lease::fake::{FakeApi, Fault};
 

@@ -26,10 +26,10 @@ use sts_backup_api::conditions::{self, READY, THAWED};
 use sts_backup_api::coverage::newest_complete;
 use sts_backup_api::run::{RunRecord, RunResult};
 use sts_backup_api::schedule::Timetable;
+use sts_backup_service::clock;
+use sts_backup_service::http::Metrics;
 
 use super::status::{THAW_FAILED, THAW_GIVEN_UP};
-use crate::clock;
-use crate::metrics::Metrics;
 
 /// How long the run that begins at the last moment may take before its backup is overdue.
 const SLACK: Duration = Duration::from_mins(15);

@@ -36,6 +36,7 @@ use kube::{Api, ResourceExt};
 use sts_backup_api::backup::{StatefulSetBackup, StatefulSetBackupStatus};
 use sts_backup_api::names::FIELD_MANAGER;
 use sts_backup_api::run::{CurrentRun, RunStep};
+use sts_backup_service::{clock, telemetry};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tokio_util::sync::CancellationToken;
@@ -52,10 +53,10 @@ use self::section::Section;
 use self::status::{damaged, next_status, notes};
 use self::tasks::spawn_section;
 use self::triggers::{freed_sets, grant_changes, snapshot_changes, stateful_set_changes};
+use crate::app;
 use crate::error::{Error, Result};
 use crate::occupancy::Holder;
 use crate::reconciler::{Failures, RESYNC, gone_object, jittered, list_all, watched};
-use crate::{app, clock, telemetry};
 
 /// How long one look at a backup may take before it is given up and tried again.
 const RECONCILE_TIMEOUT: Duration = Duration::from_mins(1);

@@ -18,8 +18,8 @@ use sts_backup_api::names::{
 };
 use sts_backup_api::run::{RunId, RunStep};
 use sts_backup_api::snapshot::{DEFAULT_CLASS_ANNOTATION, VolumeSnapshot, VolumeSnapshotClass};
+use sts_backup_service::clock;
 
-use crate::clock;
 use crate::error::{Error, Result};
 
 /// How many volumes are read at once.

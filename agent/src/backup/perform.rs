@@ -13,12 +13,12 @@ use sts_backup_api::backup::{Hook, StatefulSetBackup, StatefulSetBackupStatus};
 use sts_backup_api::names::{FIELD_MANAGER, RUN_FINALIZER};
 use sts_backup_api::run::{CurrentRun, RunPod};
 use sts_backup_api::snapshot::VolumeSnapshot;
+use sts_backup_service::clock;
 use tokio::time::timeout;
 use tracing::warn;
 
 use super::context::Context;
 use super::decide::{Doomed, START_WITHIN, ThawAttempt, after_thaw, later};
-use crate::clock;
 use crate::error::{Error, Result};
 use crate::hooks::{self, Command, Outcome};
 

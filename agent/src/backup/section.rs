@@ -26,6 +26,7 @@ use sts_backup_api::run::{
     Consistency, CurrentRun, Failure, RunId, RunPod, RunStep, SnapshotState, ThawState,
 };
 use sts_backup_api::snapshot::{VolumeSnapshot, VolumeSnapshotContent};
+use sts_backup_service::{clock, telemetry};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
@@ -41,7 +42,6 @@ use super::status::snapshot_error;
 use crate::error::Error;
 use crate::events::Note;
 use crate::hooks::{self, Command, Outcome};
-use crate::{clock, telemetry};
 
 /// After one preBackupHook failed, the others get this long to end: a hook whose end was not seen costs a second
 /// thaw.

@@ -10,6 +10,7 @@ use kube::ResourceExt;
 use kube::runtime::reflector::ObjectRef;
 use sts_backup_api::backup::StatefulSetBackup;
 use sts_backup_api::run::CurrentRun;
+use sts_backup_service::{clock, telemetry};
 use tokio_util::sync::CancellationToken;
 use tracing::{Instrument, error, info_span, warn};
 
@@ -19,7 +20,6 @@ use super::observe::observe;
 use super::{perform, write};
 use crate::error::Error;
 use crate::events::Note;
-use crate::{clock, telemetry};
 
 /// How long an attempt to write down what came of a section may take.
 const OUTCOME_TIMEOUT: Duration = Duration::from_secs(10);

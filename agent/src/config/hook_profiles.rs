@@ -2,8 +2,9 @@
 
 use serde::{Deserialize, Serialize};
 use sts_backup_api::backup::{Hook, HookPods, OnError};
+use sts_backup_service::config::{ConfigError, Layers};
 
-use super::{Checks, ConfigError, is_dns_label};
+use super::is_dns_label;
 
 /// The most words that the API server admits in a hook's command.
 const MAX_ARGUMENTS: usize = 32;
@@ -59,16 +60,16 @@ impl WrittenHookProfile {
     }
 
     /// The profile, if the API server admits its hooks in a backup.
-    pub(super) fn check(self, name: &str, checks: &Checks<'_>) -> Result<HookProfile, ConfigError> {
+    pub(super) fn check(self, name: &str, layers: &Layers) -> Result<HookProfile, ConfigError> {
         let Self { pre, post, container, timeout_seconds, on_error, pods } = self;
         let key = |field: &str| format!("hook_profiles.{name}{field}");
         if !is_dns_label(name) {
             let remedy = "write lower-case letters, digits and -, such as postgres";
-            return Err(checks.refuse(&key(""), name, "no policy can name it", remedy));
+            return Err(layers.refuse(&key(""), name, "no policy can name it", remedy));
         }
         if pre.is_empty() && post.is_empty() {
             let remedy = "write pre and post, each as a list of a program and its arguments";
-            return Err(checks.refuse(&key(""), name, "it has no command", remedy));
+            return Err(layers.refuse(&key(""), name, "it has no command", remedy));
         }
         for (field, command) in [(".pre", &pre), (".post", &post)] {
             if command.len() > MAX_ARGUMENTS || command.iter().any(|word| word.len() > MAX_ARGUMENT) {
@@ -76,15 +77,15 @@ impl WrittenHookProfile {
                     "it has more than {MAX_ARGUMENTS} words, or one of more than {MAX_ARGUMENT} bytes"
                 );
                 let remedy = "put a script into the image, and call that";
-                return Err(checks.refuse(&key(field), "a command", &reason, remedy));
+                return Err(layers.refuse(&key(field), "a command", &reason, remedy));
             }
         }
         if let Some(container) = container.as_deref().filter(|container| !is_dns_label(container)) {
             let remedy = "write the name of a container, or leave it out";
             let reason = "no container can have this name";
-            return Err(checks.refuse(&key(".container"), container, reason, remedy));
+            return Err(layers.refuse(&key(".container"), container, reason, remedy));
         }
-        checks.seconds(&key(".timeout_seconds"), timeout_seconds)?;
+        layers.seconds(&key(".timeout_seconds"), timeout_seconds)?;
         let hook = |command: Vec<String>| {
             let container_name = container.clone();
             let is_set = !command.is_empty();

@@ -1,8 +1,8 @@
 use std::fs;
 
 use sts_backup_api::backup::{HookPods, OnError};
+use sts_backup_service::config::{flag_of, variable_of};
 
-use super::layers::{flag_of, variable_of};
 use super::*;
 
 fn variables(pairs: &[(&str, &str)]) -> BTreeMap<String, String> {
@@ -62,6 +62,7 @@ fn without_anything_the_defaults_hold() {
             concurrent_reconciles: 16,
             limits: Limits { cluster: 500, driver: 100 },
             hook_profiles: BTreeMap::new(),
+            link: None,
         }
     );
 }
@@ -107,7 +108,7 @@ fn every_key_can_be_set_by_a_variable_and_by_a_flag() {
         command.get_arguments().filter_map(|flag| Some(format!("--{}", flag.get_long()?))).collect();
     for (key, default) in keys() {
         assert!(flags.contains(&flag_of(&key)), "{key} has no flag: {flags:?}");
-        let variable = variable_of(&key);
+        let variable = variable_of(PREFIX, &key);
         load_text("", &[(&variable, &default)], &Flags::default()).expect(&variable);
     }
     assert_eq!(flags.len(), keys().len(), "a flag sets no key");
@@ -118,7 +119,7 @@ fn every_key_is_in_the_reference_with_its_variable_flag_and_default() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/agent.md");
     let reference = fs::read_to_string(path).unwrap();
     for (key, default) in keys() {
-        let (variable, flag) = (variable_of(&key), flag_of(&key));
+        let (variable, flag) = (variable_of(PREFIX, &key), flag_of(&key));
         let row = format!("| `{key}` | `{variable}` | `{flag}` | ");
         let row = reference.lines().find(|line| line.starts_with(&row)).expect(&row);
         // What these two default to depends on the pod.

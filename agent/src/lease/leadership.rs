@@ -6,10 +6,9 @@
 use std::future::pending;
 use std::time::Duration;
 
+use sts_backup_service::clock;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until};
-
-use crate::clock;
 
 /// Where a replica stands. Each state only gives way to one below it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -29,7 +29,7 @@ impl Replica {
     fn start(api: &FakeApi, name: &str) -> Self {
         let (elector, leadership) = Elector::new(api.client(), "backup", config(), name.to_owned());
         let release = CancellationToken::new();
-        let task = tokio::spawn(elector.run(release.clone(), Health::new(seconds(60))));
+        let task = tokio::spawn(elector.run(release.clone(), Health::new(seconds(60), "nothing")));
         Self { leadership, release, task }
     }
 

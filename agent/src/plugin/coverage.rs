@@ -16,14 +16,14 @@ use sts_backup_api::backup::{Span, StatefulSetBackup};
 use sts_backup_api::coverage::{Protectee, SetName, coverage as judge};
 use sts_backup_api::names::ALLOW_BACKUP_FROM_ANNOTATION;
 use sts_backup_api::policy::StatefulSetBackupPolicy;
+use sts_backup_service::clock;
 
 use super::args::Coverage;
 use super::cluster::{Cluster, Scope, list_all, understand};
 use super::error::Error;
-use super::table::{age, count, table};
 use super::{Exit, output};
-use crate::clock;
 use crate::policy::observe::{BackupFacts, KnownSet, World};
+use sts_backup_service::table::{age, count, table};
 
 /// How a `StatefulSet` fares.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]

@@ -6,6 +6,7 @@ use kube::{Api, ResourceExt};
 use sts_backup_api::points::{is_held, is_in_use};
 use sts_backup_api::run::{RecoveryPoint, RunId};
 use sts_backup_api::snapshot::VolumeSnapshot;
+use sts_backup_service::clock;
 
 use super::args::DeletePoints;
 use super::ask::confirmed;
@@ -13,9 +14,8 @@ use super::cluster::{Cluster, Scope};
 use super::describe_run;
 use super::error::{Error, not_found};
 use super::owned::{Owned, PARALLEL};
-use super::table::count;
 use super::{Exit, output};
-use crate::clock;
+use sts_backup_service::table::count;
 
 /// How often a snapshot that changes all the time is looked at again.
 const TRIES: usize = 10;

@@ -8,16 +8,16 @@ use kube::{Api, ResourceExt};
 use sts_backup_api::backup::{Hook, HookPods, OnError, StatefulSetBackup, StatefulSetBackupStatus};
 use sts_backup_api::conditions;
 use sts_backup_api::run::RunResult;
+use sts_backup_service::clock;
 
 use super::cluster::{Cluster, Scope, list_all};
 use super::describe_run::{current_run, history, points};
 use super::error::Error;
 use super::list::{phase_word, target};
 use super::remedy::{remedy, thaw_trouble};
-use super::table::{age, indented, lines, moment, table};
 use super::timing::{next_line, retention_line, schedule, schedule_line};
 use super::{Exit, output};
-use crate::clock;
+use sts_backup_service::table::{age, indented, lines, moment, table};
 
 /// How many events are shown, the newest ones.
 const EVENTS: usize = 15;

@@ -7,7 +7,7 @@ use sts_backup_api::run::{
 
 use super::describe::one_line;
 use super::follow::{progress_line, result_word};
-use super::table::{age, lines, moment, second, size, span, table};
+use sts_backup_service::table::{age, lines, moment, second, size, span, table};
 
 /// A run under way: how far it is, and what is owed to whom.
 pub(super) fn current_run(run: &CurrentRun, now: Timestamp) -> String {

@@ -8,8 +8,8 @@ use sts_backup_api::run::{
     CurrentRun, Due, RecoveryPoint, RunPod, RunRecord, RunResult, RunStep, Slot, SnapshotState, ThawState,
 };
 
-use super::table::span;
 use super::watch::WAITING;
+use sts_backup_service::table::span;
 
 /// The reasons for which the agent begins no run; it looks again when the cluster changes. Any other verdict is
 /// that of the last preflight, and only another run can better it.

@@ -1,13 +1,13 @@
 //! `history`: the finished runs of one `StatefulSetBackup`.
 
 use serde_json::json;
+use sts_backup_service::clock;
 
 use super::args::History;
 use super::cluster::Cluster;
 use super::describe_run;
 use super::error::Error;
 use super::{Exit, output};
-use crate::clock;
 
 /// Lists them.
 pub(super) async fn history(cluster: &Cluster, how: &History) -> Result<Exit, Error> {

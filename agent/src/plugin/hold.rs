@@ -12,8 +12,8 @@ use super::args::Point;
 use super::cluster::{Cluster, Scope, patch_params};
 use super::error::Error;
 use super::owned::{Owned, PARALLEL};
-use super::table::count;
 use super::{Exit, output};
+use sts_backup_service::table::count;
 
 /// Holds a point.
 pub(super) async fn hold(cluster: &Cluster, which: &Point) -> Result<Exit, Error> {

@@ -7,15 +7,15 @@ use kube::api::DynamicObject;
 use serde_json::json;
 use sts_backup_api::backup::{Phase, StatefulSetBackup, StatefulSetBackupStatus};
 use sts_backup_api::conditions;
+use sts_backup_service::clock;
 
 use super::args::{DataFormat, List, ListFormat};
 use super::cluster::{Cluster, Scope, understand};
 use super::error::Error;
 use super::follow::{result_word, step_word};
-use super::table::{age, lines, table};
 use super::timing::{next_word, schedule};
 use super::{Exit, output};
-use crate::clock;
+use sts_backup_service::table::{age, lines, table};
 
 /// What kubectl calls the kind.
 const RESOURCE: &str = "statefulsetbackup.backup.sts-backup.io";

@@ -27,7 +27,6 @@ mod restore;
 mod retention;
 mod run;
 mod suspend;
-mod table;
 mod timing;
 mod watch;
 

@@ -11,13 +11,13 @@ use sts_backup_api::names::{BACKUP_LABEL, BACKUP_NAMESPACE_LABEL, RUN_LABEL, STA
 use sts_backup_api::points::recovery_points;
 use sts_backup_api::run::RecoveryPoint;
 use sts_backup_api::snapshot::VolumeSnapshot;
+use sts_backup_service::clock;
 
 use super::args::{DataFormat, Points};
 use super::cluster::{Cluster, Scope, list_all, understand};
 use super::error::Error;
-use super::table::{age, count, second, size, table};
 use super::{Exit, output};
-use crate::clock;
+use sts_backup_service::table::{age, count, second, size, table};
 
 /// A backup by namespace and name.
 type BackupKey = (String, String);

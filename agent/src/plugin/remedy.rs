@@ -7,7 +7,7 @@ use sts_backup_api::backup::StatefulSetBackup;
 use sts_backup_api::conditions;
 use sts_backup_api::names::ALLOW_BACKUP_FROM_ANNOTATION;
 
-use super::table::age;
+use sts_backup_service::table::age;
 
 /// What to do about `reason` for the backup, whatever the message says.
 pub(super) fn remedy(reason: &str, namespace: &str, name: &str) -> String {

@@ -5,16 +5,16 @@ use serde::Serialize;
 use serde_json::json;
 use sts_backup_api::run::RecoveryPoint;
 use sts_backup_api::schedule::time_zone;
+use sts_backup_service::clock;
 
 use super::args::Retention;
 use super::cluster::Cluster;
 use super::error::Error;
 use super::owned::Owned;
-use super::table::{age, count, second, size, table};
 use super::timing::{retention_line, zone};
 use super::{Exit, output};
 use crate::backup::retention::judge;
-use crate::clock;
+use sts_backup_service::table::{age, count, second, size, table};
 
 /// A recovery point and what becomes of it.
 #[derive(Clone, Debug, PartialEq, Serialize)]

@@ -9,16 +9,16 @@ use serde_json::json;
 use sts_backup_api::backup::StatefulSetBackup;
 use sts_backup_api::names::REQUESTED_AT_ANNOTATION;
 use sts_backup_api::run::{RecoveryPoint, RunRecord, RunResult};
+use sts_backup_service::clock;
 
 use super::args::{DataFormat, Run};
 use super::cluster::{Cluster, patch_params, understand};
 use super::error::Error;
 use super::follow::{Asked, Progress, blocked, not_ready, point_line, progress};
 use super::remedy::remedy;
-use super::table::duration;
 use super::watch::{Look, follow};
 use super::{Exit, output};
-use crate::clock;
+use sts_backup_service::table::duration;
 
 /// Asks for a run; with `--wait`, follows it.
 pub(super) async fn run(cluster: &Cluster, how: &Run) -> Result<Exit, Error> {

@@ -8,13 +8,13 @@ use sts_backup_api::backup::StatefulSetBackup;
 use sts_backup_api::names::FROM_POLICY_LABEL;
 use sts_backup_api::policy::StatefulSetBackupPolicy;
 use sts_backup_api::schedule::Timetable;
+use sts_backup_service::clock;
 
 use super::cluster::{Cluster, patch_params, understand};
 use super::error::Error;
-use super::table::lines;
 use super::timing::coming;
 use super::{Exit, output};
-use crate::clock;
+use sts_backup_service::table::lines;
 
 /// Begins no further runs.
 pub(super) async fn suspend(cluster: &Cluster, name: &str) -> Result<Exit, Error> {

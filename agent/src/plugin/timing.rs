@@ -5,7 +5,7 @@ use std::time::Duration;
 use jiff::{SignedDuration, Timestamp};
 use sts_backup_api::backup::{RetentionPolicy, StatefulSetBackup, StatefulSetBackupSpec};
 
-use super::table::{age, second};
+use sts_backup_service::table::{age, second};
 
 /// How long until then, as kubectl writes ages.
 pub(super) fn until(at: Timestamp, now: Timestamp) -> String {

@@ -13,10 +13,10 @@ use prometheus_client::metrics::gauge::ConstGauge;
 use sts_backup_api::conditions::{self, APPLIED, READY};
 use sts_backup_api::coverage::coverage;
 use sts_backup_api::policy::StatefulSetBackupPolicyStatus;
+use sts_backup_service::clock;
+use sts_backup_service::http::Metrics;
 
 use super::observe::{Stores, World};
-use crate::clock;
-use crate::metrics::Metrics;
 
 #[derive(Clone, Debug, EncodeLabelSet)]
 struct InNamespace {

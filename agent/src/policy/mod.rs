@@ -21,6 +21,7 @@ use jiff::Timestamp;
 use kube::runtime::events::Reporter;
 use kube::{Client, Resource};
 use sts_backup_api::names::FIELD_MANAGER;
+use sts_backup_service::{clock, telemetry};
 use tokio::sync::Notify;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
@@ -31,10 +32,10 @@ use self::decide::{PolicyPlan, Step, next_policy_steps};
 use self::observe::{Key, Stores};
 use self::perform::Outcome;
 use self::status::{Results, change_notes, idle_note, next_status, write_notes};
+use crate::app;
 use crate::error::Result;
 use crate::events::{self, Note};
 use crate::lease::Leadership;
-use crate::{app, clock, telemetry};
 
 /// How long changes are collected before they are looked at: they come in bursts.
 const DEBOUNCE: Duration = Duration::from_millis(500);

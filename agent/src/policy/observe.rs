@@ -29,13 +29,13 @@ use sts_backup_api::names::{
     ALLOW_BACKUP_FROM_ANNOTATION, EXCLUDE_ANNOTATION, FROM_POLICY_LABEL, TEMPLATE_HASH_ANNOTATION,
 };
 use sts_backup_api::policy::StatefulSetBackupPolicy;
+use sts_backup_service::telemetry;
 use tokio::sync::Notify;
 use tokio::task::JoinSet;
 use tracing::warn;
 
 use crate::backup::observe::is_granted_by;
 use crate::config::HookProfile;
-use crate::telemetry;
 
 /// How many objects of a list come at once: what is not kept of them is gone before the next ones come.
 const PAGE: u32 = 100;

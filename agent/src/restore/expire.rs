@@ -14,6 +14,7 @@ use kube::runtime::{WatchStreamExt, watcher};
 use kube::{Api, ResourceExt};
 use serde_json::{Value, json};
 use sts_backup_api::names::{FIELD_MANAGER, RESTORE_LABEL};
+use sts_backup_service::{clock, telemetry};
 use tracing::{info, warn};
 
 use super::context::Context;
@@ -22,7 +23,6 @@ use super::facts::VolumeFacts;
 use super::perform::volume_patch;
 use crate::error::{Error, Result};
 use crate::events::Note;
-use crate::{clock, telemetry};
 
 /// How soon a volume is looked at again that could not be changed.
 const RETRY: Duration = Duration::from_secs(30);

@@ -17,10 +17,10 @@ use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use sts_backup_api::restore::{StatefulSetRestore, StatefulSetRestoreStatus};
+use sts_backup_service::http::Metrics;
 
 use super::context::set_name;
 use super::decide::Outcome;
-use crate::metrics::Metrics;
 
 /// One `StatefulSet`.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, EncodeLabelSet)]

@@ -42,6 +42,7 @@ use kube::runtime::events::Reporter;
 use kube::{Api, ResourceExt};
 use sts_backup_api::names::FIELD_MANAGER;
 use sts_backup_api::restore::{StatefulSetRestore, StatefulSetRestoreStatus};
+use sts_backup_service::clock;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tokio_util::sync::CancellationToken;
@@ -56,10 +57,10 @@ use self::observe::observe;
 use self::perform::{Performed, Target};
 use self::status::{next_status, notes};
 use self::triggers::{freed_sets, stateful_set_changes, volume_changes, watch};
+use crate::app;
 use crate::error::{Error, Result};
 use crate::occupancy::Holder;
 use crate::reconciler::{Failures, RESYNC, gone_object, jittered, list_all, watched};
-use crate::{app, clock};
 
 /// How long one look at a restore may take before it is given up and tried again.
 const RECONCILE_TIMEOUT: Duration = Duration::from_mins(1);

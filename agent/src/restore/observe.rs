@@ -13,11 +13,11 @@ use sts_backup_api::names::RESTORE_LABEL;
 use sts_backup_api::restore::StatefulSetRestore;
 use sts_backup_api::snapshot::{VolumeSnapshot, VolumeSnapshotContent};
 use sts_backup_api::swap::{Swap, SwapStep};
+use sts_backup_service::clock;
 
 use super::facts::{Objects, RestoreFacts, World};
 use super::plan::plan;
 use super::survey::survey;
-use crate::clock;
 use crate::error::{Error, Result};
 
 /// How many objects are read at once.

@@ -14,8 +14,8 @@ use super::{Finding, Level, Read};
 use crate::backup::observe::Target;
 use crate::backup::preflight::{Problem, may_heal, rehearse};
 use crate::plugin::remedy::{remedy, thaw_trouble};
-use crate::plugin::table::count;
 use crate::plugin::timing::coming;
+use sts_backup_service::table::count;
 
 /// Everything that is checked for a backup.
 pub(super) fn check_backup(

@@ -14,7 +14,7 @@ use sts_backup_api::snapshot::{DEFAULT_CLASS_ANNOTATION, VolumeSnapshotClass};
 use super::observe::{ClusterFacts, LEASE};
 use super::sidecar_checks::check_sidecars;
 use super::{Finding, Read};
-use crate::plugin::table::age;
+use sts_backup_service::table::age;
 
 /// Our kinds' group and version.
 const OURS: &str = "backup.sts-backup.io/v1alpha1";

@@ -10,13 +10,13 @@ mod sidecar_checks;
 
 use serde::Serialize;
 use sts_backup_api::backup::StatefulSetBackup;
+use sts_backup_service::clock;
 
 use super::args::{DataFormat, Doctor};
 use super::cluster::{Cluster, Scope, understand};
 use super::error::Error;
-use super::table::lines;
 use super::{Exit, output};
-use crate::clock;
+use sts_backup_service::table::lines;
 
 /// How bad a finding is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]

@@ -14,8 +14,8 @@ use sts_backup_api::snapshot::VolumeSnapshot;
 use crate::plugin::args::To;
 use crate::plugin::cluster::{Cluster, list_all, understand};
 use crate::plugin::error::Error;
-use crate::plugin::table::second;
 use crate::plugin::{Exit, output};
+use sts_backup_service::table::second;
 
 /// A backup by namespace and name.
 type BackupKey = (String, String);

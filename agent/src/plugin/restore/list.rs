@@ -7,15 +7,15 @@ use serde_json::Value;
 use sts_backup_api::points::bytes;
 use sts_backup_api::restore::{RestorePhase, StatefulSetRestore, StatefulSetRestoreStatus, VolumeAction};
 use sts_backup_api::swap::{SwapPv, SwapVolume};
+use sts_backup_service::clock;
 
 use super::progress::phase_word;
-use crate::clock;
 use crate::plugin::args::Restores;
 use crate::plugin::cluster::{Cluster, Scope, understand};
 use crate::plugin::error::Error;
 use crate::plugin::list::as_list;
-use crate::plugin::table::{age, second, size, table};
 use crate::plugin::{Exit, output};
+use sts_backup_service::table::{age, second, size, table};
 
 /// Whether the old volumes can be brought back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

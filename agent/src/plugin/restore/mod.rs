@@ -20,6 +20,7 @@ use kube::runtime::watcher::watch_object;
 use serde_json::json;
 use sts_backup_api::names::APPROVED_PLAN_ANNOTATION;
 use sts_backup_api::restore::{OnFailure, RestorePlan, StatefulSetRestore, StatefulSetRestoreSpec};
+use sts_backup_service::clock;
 
 use self::choose::{Source, choose};
 use self::plan::{downtime, target};
@@ -28,10 +29,9 @@ use super::args::{OnUnready, Order, Restore, RestoreCommand};
 use super::ask::confirmed;
 use super::cluster::{Cluster, patch_params, understand};
 use super::error::{Error, not_found};
-use super::table::{count, duration, second};
 use super::watch::{Look, follow};
 use super::{Exit, output};
-use crate::clock;
+use sts_backup_service::table::{count, duration, second};
 
 /// Said when it ends before the approval.
 const UNDONE: &str = "nothing was restored";

@@ -6,7 +6,7 @@ use jiff::Timestamp;
 use kube::ResourceExt;
 use sts_backup_api::restore::{PlannedVolume, RestorePlan, StatefulSetRestore, VolumeAction};
 
-use crate::plugin::table::{age, count, duration, indented, lines, second, size, table};
+use sts_backup_service::table::{age, count, duration, indented, lines, second, size, table};
 
 /// The whole plan.
 pub(super) fn render(restore: &StatefulSetRestore, plan: &RestorePlan, now: Timestamp) -> String {

@@ -6,18 +6,18 @@ use serde_json::json;
 use sts_backup_api::names::ROLLBACK_REQUESTED_AT_ANNOTATION;
 use sts_backup_api::restore::{RestorePhase, StatefulSetRestore, StatefulSetRestoreStatus};
 use sts_backup_api::swap::SwapPv;
+use sts_backup_service::clock;
 
 use super::list::{Window, old_size, window};
 use super::plan::target;
 use super::progress::{phase_word, rolling_back};
 use super::{Handle, verdict};
-use crate::clock;
 use crate::plugin::args::Rollback;
 use crate::plugin::ask::confirmed;
 use crate::plugin::cluster::{Cluster, understand};
 use crate::plugin::error::Error;
-use crate::plugin::table::{indented, lines, second, size, table};
 use crate::plugin::{Exit, output};
+use sts_backup_service::table::{indented, lines, second, size, table};
 
 /// Said when it ends before anything was asked for.
 const UNDONE: &str = "nothing is brought back";
