@@ -45,7 +45,7 @@ enum Command {
         /// Run only tests whose name contains this
         filter: Option<String>,
     },
-    /// Make a cluster with the agent and PostgreSQL under load, take a backup, and show what came of it
+    /// Make two clusters and a hub whose policy protects PostgreSQL under load in both, and show what comes of it
     Demo,
     /// Measure, and print the figures as one line of JSON
     Bench {
@@ -109,7 +109,7 @@ const TEST_CLUSTERS: usize = 2;
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    match run(Arguments::parse().command).await {
+    match Box::pin(run(Arguments::parse().command)).await {
         Ok(code) => code,
         Err(error) => {
             eprintln!("error: {error:#}");
@@ -146,6 +146,7 @@ async fn run(command: Command) -> Result<ExitCode> {
             {
                 let _lock = harness.lock()?;
                 up(&harness, TEST_CLUSTERS).await?;
+                agent::ensure_none(&harness, 2).await?;
             }
             test(tier, filter.as_deref()).await
         }
@@ -153,9 +154,9 @@ async fn run(command: Command) -> Result<ExitCode> {
             let harness = Harness::open()?;
             {
                 let _lock = harness.lock()?;
-                up(&harness, 1).await?;
+                clusters::up(&harness, demo::CLUSTERS).await?;
             }
-            demo::run(&harness).await?;
+            Box::pin(demo::run(&harness)).await?;
             Ok(ExitCode::SUCCESS)
         }
         Command::Bench { what } => {

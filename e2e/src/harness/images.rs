@@ -36,6 +36,8 @@ pub struct Images {
     pub csi_sanity: String,
     /// The agent of this checkout, with its failpoints.
     pub agent: String,
+    /// The hub of this checkout.
+    pub hub: String,
 }
 
 impl Images {
@@ -70,7 +72,7 @@ pub async fn make(harness: &Harness) -> Result<(Images, Vec<Archive>)> {
         &["sts-backup-agent", "--features=failpoints"],
     )
     .await?;
-    build_ours(harness, "hub", "sts-backup-hub", &["sts-backup-hub"]).await?;
+    let hub_program = build_ours(harness, "hub", "sts-backup-hub", &["sts-backup-hub"]).await?;
 
     let sidecars = ["csi-provisioner", "csi-snapshotter", "snapshot-controller"];
     let driver_key = Key::new().with(packages.key()).with(std::fs::read(&driver)?).finish();
@@ -87,6 +89,9 @@ pub async fn make(harness: &Harness) -> Result<(Images, Vec<Archive>)> {
         image(harness, "csi-sanity", &csi_key, async || go_programs(&csi, &["csi-sanity"])).await?;
 
     let agent = make_agent_of(harness, &packages).await?;
+    let hub_key = Key::new().with(packages.key()).with(std::fs::read(&hub_program)?).finish();
+    let hub = async || own_image(&packages, &hub_program, "sts-backup-hub").await;
+    let hub = image(harness, "hub", &hub_key, hub).await?;
 
     let images = Images {
         postgres: postgres.name.clone(),
@@ -96,9 +101,10 @@ pub async fn make(harness: &Harness) -> Result<(Images, Vec<Archive>)> {
         csi_sidecars: csi_sidecars.name.clone(),
         csi_sanity: csi_sanity.name.clone(),
         agent: agent.name.clone(),
+        hub: hub.name.clone(),
     };
     std::fs::write(Images::file(&harness.paths), serde_json::to_vec_pretty(&images)?)?;
-    Ok((images, vec![postgres, redis, shell, csi_driver, csi_sidecars, csi_sanity, agent]))
+    Ok((images, vec![postgres, redis, shell, csi_driver, csi_sidecars, csi_sanity, agent, hub]))
 }
 
 /// Makes the agent's image alone.
@@ -115,7 +121,7 @@ async fn make_agent_of(harness: &Harness, packages: &Packages) -> Result<Archive
     let how = if harness.release { &for_release } else { &for_tests };
     let agent = build_ours(harness, "agent", "sts-backup-agent", how).await?;
     let key = Key::new().with(packages.key()).with(std::fs::read(&agent)?).finish();
-    image(harness, "agent", &key, async || agent_image(packages, &agent).await).await
+    image(harness, "agent", &key, async || own_image(packages, &agent, "sts-backup-agent").await).await
 }
 
 /// Loads the images into a node that it does not have yet.
@@ -297,8 +303,10 @@ async fn csi_driver(packages: &Packages, driver: &Path) -> Result<Image> {
     Ok(image)
 }
 
-async fn agent_image(packages: &Packages, agent: &Path) -> Result<Image> {
-    let mut image = Image::new(&["/usr/local/bin/sts-backup-agent"]);
-    image.binary(packages, Path::new("/usr/local/bin/sts-backup-agent"), agent).await?;
+/// An image of one program of ours, and nothing else.
+async fn own_image(packages: &Packages, program: &Path, name: &str) -> Result<Image> {
+    let path = format!("/usr/local/bin/{name}");
+    let mut image = Image::new(&[&path]);
+    image.binary(packages, Path::new(&path), program).await?;
     Ok(image)
 }

@@ -70,11 +70,23 @@ pub async fn ensure_shared(harness: &Harness) -> Result<()> {
     let remedy = format!(
         "read its log: kubectl --kubeconfig $(cargo e2e kubeconfig 1) -n {NAMESPACE} logs deployment/{RELEASE}"
     );
-    let install = async |_: &_| {
-        let agent = Agent::shared(&Cluster::connect(&name).await?);
-        agent.upgrade(&json!({}), &["--create-namespace"]).await
-    };
+    let install =
+        async |_: &_| Agent::install_shared(&Cluster::connect(&name).await?, &json!({})).await.map(drop);
     harness.steps.run(&format!("install the agent in {name}"), &remedy, install).await
+}
+
+/// Takes away what a demo installed in a cluster that has no shared agent: tests that are alone there have their own.
+///
+/// # Errors
+/// When helm fails.
+pub async fn ensure_none(harness: &Harness, n: usize) -> Result<()> {
+    let name = cluster_name(n);
+    let remedy = "read what helm says, or make the clusters anew: cargo e2e down";
+    let uninstall = async |_: &_| {
+        let arguments = ["uninstall", RELEASE, "--namespace", NAMESPACE, "--ignore-not-found", "--wait"];
+        helm(Some(&Cluster::connect(&name).await?), &arguments, None).await.map(drop)
+    };
+    harness.steps.run(&format!("see that {name} has no agent"), remedy, uninstall).await
 }
 
 /// An agent in a cluster: a Deployment with the pods of one release.
@@ -89,6 +101,17 @@ impl Agent {
     #[must_use]
     pub fn shared(cluster: &Cluster) -> Self {
         Self { cluster: cluster.clone(), namespace: NAMESPACE.to_owned() }
+    }
+
+    /// Installs or upgrades the shared agent of a cluster, with values over the chart's, and waits until one of its pods
+    /// leads.
+    ///
+    /// # Errors
+    /// When helm fails, or the agent does not become available and lead.
+    pub async fn install_shared(cluster: &Cluster, values: &Value) -> Result<Self> {
+        let agent = Self::shared(cluster);
+        agent.upgrade(values, &["--create-namespace"]).await?;
+        Ok(agent)
     }
 
     /// Installs an agent in a test's namespace, with values over the chart's, and waits until one of its pods leads. It

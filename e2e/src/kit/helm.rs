@@ -17,6 +17,12 @@ pub fn agent_chart() -> PathBuf {
     e2e_dir().with_file_name("charts").join("sts-backup-agent")
 }
 
+/// The folder of the hub's chart.
+#[must_use]
+pub fn hub_chart() -> PathBuf {
+    e2e_dir().with_file_name("charts").join("sts-backup-hub")
+}
+
 /// Runs helm with `arguments`, on a cluster where one is given, with `values` over the chart's, and returns what it
 /// printed.
 ///

@@ -23,6 +23,7 @@ pub mod drill;
 pub mod exec;
 pub mod helm;
 pub mod hooks;
+pub mod hub;
 mod load;
 pub mod local_agent;
 pub mod manifest;

@@ -1,8 +1,8 @@
-//! The agent's chart asks for no more than the agent needs, and says what is wrong with values.
+//! The charts ask for no more than the agent and the hub need, and say what is wrong with values.
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
-use sts_backup_e2e::kit::helm::{agent_chart, helm};
+use sts_backup_e2e::kit::helm::{agent_chart, helm, hub_chart};
 
 async fn template(values: &Value) -> Result<String> {
     let chart = agent_chart();
@@ -24,9 +24,28 @@ async fn refusal(values: &Value) -> Result<String> {
 #[tokio::test]
 #[ignore = "needs helm: cargo e2e test"]
 async fn helm_lint_finds_nothing() -> Result<()> {
-    let chart = agent_chart();
-    let said = helm(None, &["lint", "--strict", chart.to_str().context("no UTF-8")?], None).await?;
-    ensure!(said.contains("0 chart(s) failed"), "{said}");
+    let hub = json!({ "trustDomain": "fleet.example.com", "certificates": { "secretName": "hub-tls" } });
+    for (chart, values) in [(agent_chart(), json!({})), (hub_chart(), hub)] {
+        let said =
+            helm(None, &["lint", "--strict", chart.to_str().context("no UTF-8")?], Some(&values)).await?;
+        ensure!(said.contains("0 chart(s) failed"), "{said}");
+    }
+    Ok(())
+}
+
+#[tokio::test]
+#[ignore = "needs helm: cargo e2e test"]
+async fn a_hub_without_a_trust_domain_or_a_certificate_is_not_installed() -> Result<()> {
+    let chart = hub_chart();
+    let chart = chart.to_str().context("no UTF-8")?;
+    for (values, missing) in [
+        (json!({ "certificates": { "secretName": "hub-tls" } }), "trustDomain must be given"),
+        (json!({ "trustDomain": "fleet.example.com" }), "certificates.secretName must be given"),
+    ] {
+        let refused = helm(None, &["template", "hub", chart], Some(&values)).await.err();
+        let refused = format!("{:#}", refused.with_context(|| format!("{values} was not refused"))?);
+        ensure!(refused.contains(missing), "{refused}");
+    }
     Ok(())
 }
 
@@ -34,23 +53,7 @@ async fn helm_lint_finds_nothing() -> Result<()> {
 #[tokio::test]
 #[ignore = "needs helm: cargo e2e test"]
 async fn the_agent_is_granted_exactly_what_it_uses() -> Result<()> {
-    let objects = objects(&json!({ "userRoles": { "create": false } })).await?;
-    let mut granted: Vec<String> = Vec::new();
-    for role in
-        objects.iter().filter(|object| matches!(object["kind"].as_str(), Some("Role" | "ClusterRole")))
-    {
-        let kind = role["kind"].as_str().unwrap_or_default();
-        for rule in role["rules"].as_array().context("a role has rules")? {
-            granted.push(format!(
-                "{kind} {}/{}{} {}",
-                words(&rule["apiGroups"]),
-                words(&rule["resources"]),
-                if rule["resourceNames"].is_null() { "" } else { "=" }.to_owned()
-                    + &words(&rule["resourceNames"]),
-                words(&rule["verbs"])
-            ));
-        }
-    }
+    let granted = granted(&json!({ "userRoles": { "create": false } })).await?;
     let expected = [
         "ClusterRole backup.sts-backup.io/statefulsetbackups get,list,watch,create,patch,delete",
         "ClusterRole backup.sts-backup.io/statefulsetrestores get,list,watch,patch",
@@ -75,6 +78,45 @@ async fn the_agent_is_granted_exactly_what_it_uses() -> Result<()> {
     ];
     ensure!(granted == expected, "the chart grants {granted:#?}");
     Ok(())
+}
+
+/// What the agent is granted over that with a link to a hub.
+#[tokio::test]
+#[ignore = "needs helm: cargo e2e test"]
+async fn what_the_link_takes_is_granted_only_with_a_hub() -> Result<()> {
+    let without = granted(&json!({ "userRoles": { "create": false } })).await?;
+    let values = json!({ "userRoles": { "create": false }, "link": { "hub": "hub.example.com:9443" } });
+    let with = granted(&values).await?;
+    let more: Vec<_> = with.iter().filter(|grant| !without.contains(grant)).map(String::as_str).collect();
+    let expected = [
+        "ClusterRole backup.sts-backup.io/statefulsetbackuppolicies list,watch,get,create,patch,delete",
+        "Role /configmaps=sts-backup-hub-link get,list,watch,patch",
+        "Role /configmaps create",
+    ];
+    ensure!(more == expected, "the chart grants {more:#?}");
+    Ok(())
+}
+
+/// What a rendered chart grants, a rule a line.
+async fn granted(values: &Value) -> Result<Vec<String>> {
+    let objects = objects(values).await?;
+    let mut granted: Vec<String> = Vec::new();
+    for role in
+        objects.iter().filter(|object| matches!(object["kind"].as_str(), Some("Role" | "ClusterRole")))
+    {
+        let kind = role["kind"].as_str().unwrap_or_default();
+        for rule in role["rules"].as_array().context("a role has rules")? {
+            granted.push(format!(
+                "{kind} {}/{}{} {}",
+                words(&rule["apiGroups"]),
+                words(&rule["resources"]),
+                if rule["resourceNames"].is_null() { "" } else { "=" }.to_owned()
+                    + &words(&rule["resourceNames"]),
+                words(&rule["verbs"])
+            ));
+        }
+    }
+    Ok(granted)
 }
 
 fn words(list: &Value) -> String {

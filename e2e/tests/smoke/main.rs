@@ -15,6 +15,7 @@ mod clusters;
 mod conformance;
 mod crashes;
 mod faults;
+mod fleet;
 mod grants;
 mod hooks;
 mod hub;
