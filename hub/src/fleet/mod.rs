@@ -445,7 +445,13 @@ impl Fleet {
         let cluster = self.named(name)?;
         self.store.remove_cluster(cluster.id, name, now).await?;
         self.clusters.remove(&cluster.id);
-        if let Some(session) = lock(&cluster.state).session.take() {
+        let session = {
+            let mut state = lock(&cluster.state);
+            // Whoever is about to begin a session finds that.
+            state.revoked = Some(now);
+            state.session.take()
+        };
+        if let Some(session) = session {
             session.end.send_replace(Some(End::Revoked));
         }
         warn!(cluster = name, id = %cluster.id, "cluster removed");
@@ -508,6 +514,10 @@ impl Fleet {
         let session = Session { id, address, since: now, instance: hello.instance_id.clone(), end };
         let (older, flaps) = {
             let mut state = lock(&cluster.state);
+            if state.revoked.is_some() {
+                // While it said who it is.
+                session.end.send_replace(Some(End::Revoked));
+            }
             let older = state.session.replace(session);
             let fights = older.as_ref().is_some_and(|older| {
                 let age = Duration::try_from(now.duration_since(older.since)).unwrap_or_default();

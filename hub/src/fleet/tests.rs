@@ -146,6 +146,8 @@ async fn a_revoked_cluster_is_let_in_no_more_and_its_session_ends() {
     hub.fleet.revoke("prod", at(11)).await.unwrap();
     assert_eq!(*session.end.borrow(), Some(End::Revoked));
     assert_eq!(hub.fleet.admit(id(1)).unwrap_err(), Refusal::Revoked("prod".to_owned(), at(11)));
+    let late = hub.fleet.begin(&cluster, &hello("a"), address(1), at(12)).await.unwrap();
+    assert_eq!(*late.end.borrow(), Some(End::Revoked), "it was let in before");
     hub.fleet.store.close().await;
     let again = Hub::open(&hub.directory).await;
     assert!(matches!(again.admit(id(1)), Err(Refusal::Revoked(..))), "also after a restart");

@@ -255,6 +255,9 @@ impl Session<'_> {
             }
         } else if let Some((sent, _)) = self.under_way.take_if(|under_way| fits(under_way)) {
             self.answered(sent, applied, outcome);
+        } else if outcome == Outcome::Active {
+            // Somebody in the cluster has accepted what was held back: it is sent once more, and answered.
+            self.is_held = self.is_held.filter(|(revision, _)| *revision != applied.revision);
         }
         let written = self.fleet.applied(self.cluster, applied, clock::now()).await;
         written.map_err(|error| unwritten(&error))

@@ -236,6 +236,23 @@ async fn what_is_held_back_is_sent_again_once_it_is_confirmed() {
 }
 
 #[tokio::test]
+async fn what_somebody_accepts_in_the_cluster_is_held_back_no_more() {
+    let hub = Hub::start().await;
+    hub.add(1, "prod").await;
+    hub.place(&[("gold", "0 1 * * *")]).await;
+    let mut agent = hub.connect(1).await.unwrap();
+    let desired = agent.desired().await;
+    agent.answer(&desired, Outcome::Held, Vec::new()).await;
+    agent.settle().await;
+    agent.answer(&desired, Outcome::Active, Vec::new()).await;
+    let again = agent.desired().await;
+    assert_eq!(again.revision, desired.revision);
+    agent.answer(&again, Outcome::Active, Vec::new()).await;
+    agent.settle().await;
+    assert_eq!(hub.fleet.named("prod").unwrap().state().applied.unwrap().outcome, crate::fleet::ACTIVE);
+}
+
+#[tokio::test]
 async fn a_status_is_acknowledged_when_it_is_written() {
     let hub = Hub::start().await;
     hub.add(1, "prod").await;
