@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use k8s_openapi::api::apps::v1::StatefulSet;
-use k8s_openapi::api::core::v1::{Node, Pod, Secret};
+use k8s_openapi::api::core::v1::{Node, PersistentVolumeClaim, Pod, Secret};
 use kube::Api;
-use kube::api::{ListParams, Patch, PatchParams};
+use kube::api::{DeleteParams, ListParams, Patch, PatchParams};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::process::Command;
@@ -122,7 +122,7 @@ impl Hub {
         format!("{}:{}", self.address, self.node_port)
     }
 
-    /// Lets a cluster in, and puts its certificate into the namespace where its agent will run.
+    /// Lets a cluster in, and puts its certificate into the namespace where its agent will run; the cluster's id.
     ///
     /// # Errors
     /// When the hub refuses, or the certificate cannot be issued or written.
@@ -132,14 +132,15 @@ impl Hub {
         labels: &[&str],
         cluster: &Cluster,
         namespace: &str,
-    ) -> Result<()> {
+    ) -> Result<String> {
         let mut command = vec!["clusters", "add", name, "--output=json"];
         command.extend(labels.iter().flat_map(|label| ["--label", label]));
         let added: Value = serde_json::from_str(&self.run(&command).await?)?;
         let id = added["id"].as_str().context("a cluster has an id")?;
         let at = |name: &str| self.files.path().join(name).to_string_lossy().into_owned();
         pki(&["issue", "--authority", &at("ca"), "--dir", &at(name), "--cluster", id]).await?;
-        write_secret(cluster, namespace, LINK_SECRET, &self.files.path().join(name)).await
+        write_secret(cluster, namespace, LINK_SECRET, &self.files.path().join(name)).await?;
+        Ok(id.to_owned())
     }
 
     /// Runs a command of the hub's program beside it, and returns what it prints.
@@ -190,6 +191,20 @@ impl Hub {
         let pod = pods.get(POD).await?;
         self.scale(0).await?;
         await_deleted(&pods, &pod, READY_TIMEOUT).await
+    }
+
+    /// Takes it and its database away, and brings it back with an empty one.
+    ///
+    /// # Errors
+    /// When its pod or claim do not go, or it does not become ready.
+    pub async fn lose_database(&self) -> Result<()> {
+        self.stop().await?;
+        let claims: Api<PersistentVolumeClaim> = self.ns.api();
+        let name = format!("data-{POD}");
+        let claim = claims.get(&name).await?;
+        claims.delete(&name, &DeleteParams::default()).await?;
+        await_deleted(&claims, &claim, READY_TIMEOUT).await?;
+        self.start().await
     }
 
     /// Brings it back.

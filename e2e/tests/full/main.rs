@@ -5,6 +5,7 @@
 mod alerts;
 mod api_faults;
 mod crashes;
+mod fleet;
 mod kills;
 mod leases;
 mod policies;
