@@ -7,7 +7,7 @@ use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use super::*;
-use crate::config::{self, Flags};
+use crate::config::{self, Flags, Guardrails, LinkConfig};
 use crate::lease::fake::{FakeApi, Fault};
 
 const fn seconds(seconds: u64) -> Duration {
@@ -253,6 +253,8 @@ async fn the_docs_list_exactly_the_metrics_that_a_leader_shows() {
     let (api, ends) = (FakeApi::new(), Ends::default());
     let mut config = config::load(None, &[].into(), &Flags::default()).expect("defaults");
     config.listen = "127.0.0.1:0".parse().expect("an address");
+    let (hub, certificates) = ("localhost:1".to_owned(), "/nowhere".into());
+    config.link = Some(LinkConfig { hub, certificates, guardrails: Guardrails::default() });
     let app = App::bind(config).await.expect("a free port");
     let address = app.address();
     let shutdown = ends.shutdown.clone();

@@ -89,7 +89,7 @@ async fn what_the_link_takes_is_granted_only_with_a_hub() -> Result<()> {
     let with = granted(&values).await?;
     let more: Vec<_> = with.iter().filter(|grant| !without.contains(grant)).map(String::as_str).collect();
     let expected = [
-        "ClusterRole backup.sts-backup.io/statefulsetbackuppolicies list,watch,get,create,patch,delete",
+        "ClusterRole backup.sts-backup.io/statefulsetbackuppolicies get,create,patch,delete",
         "Role /configmaps=sts-backup-hub-link get,list,watch,patch",
         "Role /configmaps create",
     ];
