@@ -54,6 +54,7 @@ pub async fn run(harness: &Harness) -> Result<()> {
         Hub::install(first, NODE_PORT, &json!({ "gold.yaml": fleet_policy(POLICY, &policy()) })).await?;
     let values = agent_values(&hub)?;
     try_join_all([(first, "frankfurt"), (second, "oslo")].map(async |(ns, name)| {
+        agent::ensure_namespace(ns.cluster()).await?;
         hub.let_in(name, &["env=production"], ns.cluster(), agent::NAMESPACE).await?;
         Agent::install_shared(ns.cluster(), &values).await
     }))
@@ -159,12 +160,14 @@ fn policy() -> Value {
 fn agent_values(hub: &Hub) -> Result<Value> {
     let hooks = Postgres::freeze_hooks(180)?;
     let hook = |which: &str, field: &str| hooks.spec()[which][field].clone();
-    let profile = json!({
+    let mut profile = json!({
         "pre": hook("preBackupHook", "command"),
         "post": hook("postBackupHook", "command"),
         "container": hook("preBackupHook", "containerName"),
         "timeout_seconds": hook("preBackupHook", "timeoutSeconds"),
     });
+    // What the page leaves to the default.
+    profile.as_object_mut().context("it is an object")?.retain(|_, value| !value.is_null());
     Ok(json!({
         "config": { "hook_profiles": { "postgres": profile } },
         "link": { "hub": hub.link() },

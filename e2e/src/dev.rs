@@ -3,15 +3,11 @@
 use std::process::ExitStatus;
 
 use anyhow::{Context, Result};
-use k8s_openapi::api::core::v1::Namespace;
-use kube::Api;
-use kube::api::{Patch, PatchParams};
-use serde_json::json;
 use tokio::process::Command;
 
 use crate::harness::paths::e2e_dir;
 use crate::kit::Cluster;
-use crate::kit::agent::{Agent, NAMESPACE, RELEASE};
+use crate::kit::agent::{Agent, NAMESPACE, RELEASE, ensure_namespace};
 use crate::kit::crds::apply_crds;
 
 /// Builds and runs the agent with `arguments` until it ends; an interrupt at the keyboard ends it. An agent installed
@@ -21,10 +17,7 @@ use crate::kit::crds::apply_crds;
 /// When the cluster does not take the CRDs, or the agent cannot be started.
 pub async fn run_agent(cluster: &str, arguments: &[String]) -> Result<ExitStatus> {
     let cluster = Cluster::connect(cluster).await?;
-    let namespaces: Api<Namespace> = Api::all(cluster.client());
-    let namespace = json!({ "apiVersion": "v1", "kind": "Namespace", "metadata": { "name": NAMESPACE } });
-    let how = PatchParams::apply("sts-backup-e2e");
-    namespaces.patch(NAMESPACE, &how, &Patch::Apply(namespace)).await.context("make the namespace")?;
+    ensure_namespace(&cluster).await?;
     apply_crds(&cluster).await?;
 
     let installed = Agent::shared(&cluster);

@@ -10,7 +10,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::coordination::v1::Lease;
-use k8s_openapi::api::core::v1::Pod;
+use k8s_openapi::api::core::v1::{self, Pod};
 use k8s_openapi::api::rbac::v1::{ClusterRole, ClusterRoleBinding};
 use kube::api::{DeleteParams, ListParams, LogParams, Patch, PatchParams};
 use kube::{Api, ResourceExt};
@@ -73,6 +73,18 @@ pub async fn ensure_shared(harness: &Harness) -> Result<()> {
     let install =
         async |_: &_| Agent::install_shared(&Cluster::connect(&name).await?, &json!({})).await.map(drop);
     harness.steps.run(&format!("install the agent in {name}"), &remedy, install).await
+}
+
+/// Makes the namespace of a cluster's shared agent, where there is none.
+///
+/// # Errors
+/// When the API server refuses.
+pub async fn ensure_namespace(cluster: &Cluster) -> Result<()> {
+    let namespaces: Api<v1::Namespace> = Api::all(cluster.client());
+    let namespace = json!({ "apiVersion": "v1", "kind": "Namespace", "metadata": { "name": NAMESPACE } });
+    let how = PatchParams::apply("sts-backup-e2e");
+    namespaces.patch(NAMESPACE, &how, &Patch::Apply(namespace)).await.context("make the namespace")?;
+    Ok(())
 }
 
 /// Takes away what a demo installed in a cluster that has no shared agent: tests that are alone there have their own.
