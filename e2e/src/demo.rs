@@ -122,6 +122,11 @@ pub async fn run(harness: &Harness) -> Result<()> {
     hub.start().await?;
     hub.await_answer(&["fleet", "runs"], |answer| answer.as_array().is_some_and(|runs| runs.len() == 3))
         .await?;
+    let are_connected = |answer: &Value| {
+        let clusters = answer.as_array().into_iter().flatten();
+        clusters.filter(|cluster| cluster["state"] == "Connected").count() == CLUSTERS
+    };
+    hub.await_answer(&["clusters", "list"], are_connected).await?;
     show(&hub, &["fleet", "runs"], &mut out).await?;
     show(&hub, &["fleet", "status"], &mut out).await?;
 
