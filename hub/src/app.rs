@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use sts_backup_service::clock;
+use sts_backup_service::files::Watch;
 use sts_backup_service::http::{Health, Metrics, ServeError, Server};
 use sts_backup_service::telemetry::chain;
 use tokio::net::TcpListener;
@@ -20,7 +21,6 @@ use tracing::{error, info, warn};
 
 use crate::api::{self, ApiError};
 use crate::config::Config;
-use crate::files::Watch;
 use crate::fleet::Fleet;
 use crate::link;
 use crate::link::tls::{TlsError, link_config};

@@ -11,7 +11,6 @@ pub mod api;
 pub mod app;
 pub mod client;
 pub mod config;
-pub mod files;
 pub mod fleet;
 pub mod link;
 pub mod metrics;

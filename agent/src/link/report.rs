@@ -76,8 +76,8 @@ impl Reports {
         self.changed.notify_one();
     }
 
-    /// The next message, and what it tells of; none: the hub knows everything, or not everything is known yet.
-    pub(super) fn next(&self) -> Option<(Status, Vec<Key>)> {
+    /// The next message; none: the hub knows everything, or not everything is known yet.
+    pub(super) fn next(&self) -> Option<Status> {
         let mut inner = self.lock();
         if inner.listed.len() < KINDS || (inner.untold.is_empty() && !inner.is_full) {
             return None;
@@ -107,7 +107,7 @@ impl Reports {
             inner.untold.remove(key);
         }
         inner.is_full = false;
-        Some((status, told))
+        Some(status)
     }
 
     fn tell(&self, key: Key, body: Option<Vec<u8>>) {
@@ -269,7 +269,7 @@ mod tests {
         reports.tell(key("a"), Some(b"1".to_vec()));
         assert!(reports.next().is_none());
         reports.listed("StatefulSetBackup", &BTreeSet::from([key("a")]));
-        let (status, _) = reports.next().unwrap();
+        let status = reports.next().unwrap();
         assert_eq!((names(&status), status.full_begin, status.full_end), (vec!["a"], true, true));
         assert!(reports.next().is_none());
     }
@@ -283,7 +283,7 @@ mod tests {
         for body in [b"1", b"2", b"3"] {
             reports.tell(key("a"), Some(body.to_vec()));
         }
-        let (status, _) = reports.next().unwrap();
+        let status = reports.next().unwrap();
         assert_eq!(
             (status.objects.len(), &*status.objects[0].body, status.full_begin),
             (1, &b"3"[..], false)
@@ -291,7 +291,7 @@ mod tests {
         reports.tell(key("a"), Some(b"3".to_vec()));
         assert!(reports.next().is_none(), "nothing has changed");
         reports.tell(key("a"), None);
-        let (status, _) = reports.next().unwrap();
+        let status = reports.next().unwrap();
         assert_eq!((status.objects.len(), &*status.gone[0].name), (0, "a"));
     }
 
@@ -303,7 +303,7 @@ mod tests {
         reports.listed("StatefulSetBackup", &BTreeSet::from([key("a")]));
         reports.begin();
         let rpo_told = || {
-            let (status, _) = reports.next()?;
+            let status = reports.next()?;
             serde_json::from_slice::<BackupReport>(&status.objects[0].body).unwrap().rpo_seconds
         };
         assert_eq!(rpo_told(), None);
@@ -320,7 +320,7 @@ mod tests {
         reports.tell(key("b"), Some(b"1".to_vec()));
         reports.listed("StatefulSetBackup", &BTreeSet::from([key("b")]));
         reports.begin();
-        let (status, _) = reports.next().unwrap();
+        let status = reports.next().unwrap();
         assert_eq!(names(&status), ["b"]);
     }
 
@@ -333,7 +333,7 @@ mod tests {
         reports.listed("StatefulSetBackup", &(0..1200).map(|at| key(&format!("{at:04}"))).collect());
         reports.begin();
         let (mut count, mut ends) = (0, Vec::new());
-        while let Some((status, _)) = reports.next() {
+        while let Some(status) = reports.next() {
             assert!(status.objects.iter().map(|object| object.body.len()).sum::<usize>() <= CHUNK);
             count += status.objects.len();
             ends.push((status.full_begin, status.full_end));

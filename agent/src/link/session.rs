@@ -15,9 +15,10 @@ use sts_backup_api::link::{
     agent_message, applied::Outcome, hub_message,
 };
 use sts_backup_service::clock;
+use sts_backup_service::files::Watch;
 use sts_backup_service::telemetry::chain;
 use tokio::sync::{Notify, mpsc};
-use tokio::time::{Instant, interval, sleep, sleep_until, timeout};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
@@ -44,9 +45,6 @@ const PING_TIMEOUT: Duration = Duration::from_secs(20);
 /// What hyper would take before anybody reads it: its own windows are larger.
 const STREAM_WINDOW: u32 = 64 << 10;
 const CONNECTION_WINDOW: u32 = 128 << 10;
-
-/// How often the certificate's files are looked at.
-const LOOK_AT_FILES: Duration = Duration::from_secs(30);
 
 /// How long the hub may take to acknowledge a status.
 const ACKNOWLEDGE: Duration = Duration::from_mins(1);
@@ -212,7 +210,7 @@ impl Connected<'_> {
         let mut unacknowledged: Option<(u64, Instant)> = None;
         loop {
             if unacknowledged.is_none()
-                && let Some((status, _)) = self.session.reports.next()
+                && let Some(status) = self.session.reports.next()
             {
                 unacknowledged = Some((status.seq, clock::monotonic() + ACKNOWLEDGE));
                 self.send(agent_message::Message::Status(status)).await?;
@@ -304,15 +302,16 @@ impl Connected<'_> {
 
     /// Returns when there is another certificate than the one that this connection was made with.
     async fn watch_files(&self) -> Result<Ended, Anything> {
-        let mut looks = interval(LOOK_AT_FILES);
+        let files = Watch::of(&self.directory);
         loop {
-            looks.tick().await;
+            // They may have changed since this connection was made.
             match read_identity(self.directory.clone()).await {
                 Ok(found) if found != self.identity => return Ok(Ended::Renewed),
                 Ok(_) => {}
                 // What is connected stays connected.
                 Err(error) => warn!(error = chain(&*error), "the link's certificate cannot be read"),
             }
+            files.changed().await;
         }
     }
 
