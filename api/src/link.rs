@@ -2,6 +2,7 @@
 //! sides compute in the same way.
 
 use std::fmt::Write as _;
+use std::time::Duration;
 
 use sha2::{Digest, Sha256};
 
@@ -24,6 +25,16 @@ pub const PROTOCOL: u32 = 1;
 /// The largest message, bytes.
 pub const MAX_MESSAGE: usize = 1 << 20;
 
+/// The longest pause between two tries of an agent to connect.
+const LONGEST_PAUSE: Duration = Duration::from_mins(2);
+
+/// How long an agent waits after so many failures to connect in a row: anything up to a second, doubled with each failure up
+/// to two minutes, by `luck` (0 to 1). The agents of a fleet do not come back all at once.
+#[must_use]
+pub fn reconnect_pause(failures: u32, luck: f64) -> Duration {
+    Duration::from_secs(1 << failures.min(7)).min(LONGEST_PAUSE).mul_f64(luck)
+}
+
 /// The hash of a policy's body.
 #[must_use]
 pub fn body_hash(body: &[u8]) -> Vec<u8> {
@@ -43,6 +54,22 @@ pub fn set_hash<'a>(items: impl IntoIterator<Item = (&'a str, &'a [u8])>) -> Vec
     hasher.finalize().to_vec()
 }
 
+/// The hash of what is told of a cluster's objects: of each its kind, namespace and name, and the hash of its body, sorted by
+/// these.
+#[must_use]
+pub fn state_hash<'a>(objects: impl IntoIterator<Item = ([&'a str; 3], &'a [u8])>) -> Vec<u8> {
+    let mut hasher = Sha256::new();
+    for (key, hash) in objects {
+        for part in key {
+            // None of them has a line break.
+            hasher.update(part);
+            hasher.update(b"\n");
+        }
+        hasher.update(hash);
+    }
+    hasher.finalize().to_vec()
+}
+
 /// A hash for people, shortened.
 #[must_use]
 pub fn short(hash: &[u8]) -> String {
@@ -50,4 +77,17 @@ pub fn short(hash: &[u8]) -> String {
         let _ = write!(text, "{byte:02x}");
         text
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pauses_grow_and_spread() {
+        assert_eq!(reconnect_pause(0, 1.0), Duration::from_secs(1));
+        assert_eq!(reconnect_pause(3, 0.5), Duration::from_secs(4));
+        assert_eq!(reconnect_pause(100, 1.0), LONGEST_PAUSE);
+        assert_eq!(reconnect_pause(100, 0.0), Duration::ZERO);
+    }
 }

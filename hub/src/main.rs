@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{CommandFactory, Parser, Subcommand};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use sts_backup_api::identity::{ClusterId, TrustDomain};
 use sts_backup_hub::app::{self, Ends};
 use sts_backup_hub::client::{self, ClientError, Clusters, Connection, FleetView, Policies};
@@ -15,7 +16,7 @@ use sts_backup_hub::policies::PolicySet;
 use sts_backup_service::config::environment;
 use sts_backup_service::telemetry::{self, chain};
 use sts_backup_service::{clock, signals};
-use tracing::{error, info};
+use tracing::{error, info, warn};
 use uuid::Uuid;
 
 const FAILED: u8 = 1;
@@ -179,6 +180,7 @@ fn serve(config: Config) -> ExitCode {
             return ExitCode::from(FAILED);
         }
     };
+    allow_files();
     let ends = Ends::default();
     telemetry::report_panics(ends.panicked.clone());
     let ended = runtime.block_on(async {
@@ -199,6 +201,14 @@ fn serve(config: Config) -> ExitCode {
             error!(%error, "the hub cannot start");
             ExitCode::from(FAILED)
         }
+    }
+}
+
+/// Each agent is an open file, and container runtimes allow 1,024 of them until somebody asks for more.
+fn allow_files() {
+    let limit = getrlimit(Resource::Nofile);
+    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }) {
+        warn!(%error, limit = ?limit.current, "no more files can be open, and agents connected, than by default");
     }
 }
 

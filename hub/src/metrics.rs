@@ -41,12 +41,16 @@ impl Collector for FleetMetrics {
         let (mut count, mut up, mut held, mut flapping) = (0_i64, 0_i64, 0_i64, 0_i64);
         for (name, cluster) in self.fleet.clusters() {
             let state = cluster.state();
+            if state.revoked.is_some() {
+                // Nobody misses it.
+                continue;
+            }
             let is_up = i64::from(state.session.is_some());
             let outcome = state.applied.as_ref().map(|applied| &*applied.outcome);
             count += 1;
             up += is_up;
             held += i64::from(outcome == Some(HELD));
-            flapping += i64::from(state.flaps > 0);
+            flapping += i64::from(state.is_flapping());
             if usize::try_from(count).is_ok_and(|count| count > self.most) {
                 continue;
             }
@@ -65,7 +69,7 @@ impl Collector for FleetMetrics {
         let policies = i64::try_from(policies).unwrap_or(i64::MAX);
         let failed = |flag: &std::sync::atomic::AtomicBool| i64::from(flag.load(Ordering::Relaxed));
         for (name, help, value) in [
-            ("sts_backup_hub_clusters", "Clusters that the hub knows", count),
+            ("sts_backup_hub_clusters", "Clusters that the hub lets in", count),
             ("sts_backup_hub_clusters_connected", "Clusters that are connected", up),
             ("sts_backup_hub_clusters_held", "Clusters that hold back what they were sent", held),
             ("sts_backup_hub_clusters_flapping", "Clusters that several agents connect as", flapping),

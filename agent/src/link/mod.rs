@@ -17,6 +17,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use rand::Rng;
+use sts_backup_api::link::reconnect_pause;
 use sts_backup_service::clock;
 use sts_backup_service::telemetry::chain;
 use tokio::time::sleep;
@@ -28,9 +29,6 @@ use self::metrics::LinkMetrics;
 use self::report::Reports;
 use self::session::{Ended, Session};
 use crate::app;
-
-/// The longest pause between two connections.
-const LONGEST_PAUSE: Duration = Duration::from_mins(2);
 
 /// A connection that held for so long was a good one.
 const STABLE: Duration = Duration::from_mins(1);
@@ -63,16 +61,26 @@ async fn connect(mut session: Session, stop: &CancellationToken) {
         }
         let pause = match ended {
             Ended::Stopped => return,
-            Ended::ComeAgain(pause) => {
-                info!("the hub ends: the cluster goes on by itself until it is back");
-                pause.mul_f64(rand::rng().random_range(0.5..1.5))
+            Ended::ComeAgain { after, reason } => {
+                info!(
+                    reason,
+                    ?after,
+                    "the hub says when to come again: the cluster goes on by itself until then"
+                );
+                after.mul_f64(rand::rng().random_range(0.5..1.5))
             }
             Ended::Renewed => {
                 info!("the link's certificate is another one: the agent connects with it");
                 continue;
             }
+            Ended::Lost { error, spread } => {
+                let pause = reconnect_pause(failures, rand::random()) + spread.mul_f64(rand::random());
+                failures = failures.saturating_add(1);
+                warn!(error = chain(&*error), ?pause, "the hub is lost: the cluster goes on by itself");
+                pause
+            }
             Ended::Failed(error) => {
-                let pause = pause(failures, rand::random());
+                let pause = reconnect_pause(failures, rand::random());
                 failures = failures.saturating_add(1);
                 warn!(error = chain(&*error), ?pause, "not linked to the hub: the cluster goes on by itself");
                 pause
@@ -82,24 +90,5 @@ async fn connect(mut session: Session, stop: &CancellationToken) {
             () = stop.cancelled() => return,
             () = sleep(pause) => {}
         }
-    }
-}
-
-/// Anything up to a second, doubled with each failure up to the longest pause, by `luck` (0 to 1): the agents of a fleet do
-/// not come back all at once.
-fn pause(failures: u32, luck: f64) -> Duration {
-    Duration::from_secs(1 << failures.min(7)).min(LONGEST_PAUSE).mul_f64(luck)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn pauses_grow_and_spread() {
-        assert_eq!(pause(0, 1.0), Duration::from_secs(1));
-        assert_eq!(pause(3, 0.5), Duration::from_secs(4));
-        assert_eq!(pause(100, 1.0), LONGEST_PAUSE);
-        assert_eq!(pause(100, 0.0), Duration::ZERO);
     }
 }

@@ -15,7 +15,7 @@ use kube::{Api, Client, Resource, ResourceExt};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use sts_backup_api::backup::StatefulSetBackup;
-use sts_backup_api::link::{Object, ObjectKey, Status};
+use sts_backup_api::link::{Object, ObjectKey, Status, body_hash, state_hash};
 use sts_backup_api::names::FROM_POLICY_LABEL;
 use sts_backup_api::policy::StatefulSetBackupPolicy;
 use sts_backup_api::report::{BACKUP, BackupReport, PolicyReport, RestoreReport};
@@ -24,8 +24,9 @@ use tokio::sync::Notify;
 
 use super::apply::{Applier, is_from_hub};
 
-/// How much of bodies one message carries, bytes. Its limit is larger, and keys come on top.
-const CHUNK: usize = 512 << 10;
+/// How much of bodies one message carries, bytes: thousands of clusters may report at once, and the hub holds a message of
+/// each.
+const CHUNK: usize = 64 << 10;
 
 /// The most objects of one message.
 const OBJECTS: usize = 500;
@@ -54,6 +55,13 @@ struct Inner {
     sequence: u64,
 }
 
+impl Inner {
+    fn hash(&self) -> Vec<u8> {
+        let hashes: Vec<_> = self.bodies.iter().map(|(key, body)| (key, body_hash(body))).collect();
+        state_hash(hashes.iter().map(|((kind, namespace, name), hash)| ([&**kind, namespace, name], &**hash)))
+    }
+}
+
 /// How many kinds there are.
 const KINDS: usize = 3;
 
@@ -67,8 +75,27 @@ impl Reports {
         self.changed.notified().await;
     }
 
-    /// A session begins: the hub is told of all.
-    pub(super) fn begin(&self) {
+    /// The hash of all objects, as a session begins; empty: they are not all known yet. A hub that has what it says is told
+    /// only of what changes from now on.
+    pub(super) fn hello(&self) -> Vec<u8> {
+        let mut inner = self.lock();
+        if inner.listed.len() < KINDS {
+            return Vec::new();
+        }
+        inner.untold.clear();
+        inner.is_full = false;
+        inner.hash()
+    }
+
+    /// The hash of all objects, if there is nothing to tell.
+    pub(super) fn told(&self) -> Option<Vec<u8>> {
+        let inner = self.lock();
+        let is_told = inner.listed.len() == KINDS && inner.untold.is_empty() && !inner.is_full;
+        is_told.then(|| inner.hash())
+    }
+
+    /// The hub is told of all.
+    pub(super) fn tell_all(&self) {
         let mut inner = self.lock();
         inner.untold = inner.bodies.keys().cloned().collect();
         inner.is_full = true;
@@ -265,7 +292,7 @@ mod tests {
     #[test]
     fn nothing_is_told_before_everything_is_known() {
         let reports = known();
-        reports.begin();
+        reports.tell_all();
         reports.tell(key("a"), Some(b"1".to_vec()));
         assert!(reports.next().is_none());
         reports.listed("StatefulSetBackup", &BTreeSet::from([key("a")]));
@@ -275,10 +302,29 @@ mod tests {
     }
 
     #[test]
+    fn a_hub_that_has_everything_is_told_only_of_what_changes() {
+        let reports = known();
+        assert!(reports.hello().is_empty(), "not all is known yet");
+        reports.tell(key("a"), Some(b"1".to_vec()));
+        reports.listed("StatefulSetBackup", &BTreeSet::from([key("a")]));
+        let hash = reports.hello();
+        let told = body_hash(b"1");
+        assert_eq!(hash, state_hash([(["StatefulSetBackup", "shop", "a"], &*told)]));
+        assert_eq!((reports.next(), reports.told()), (None, Some(hash.clone())));
+        reports.tell(key("b"), Some(b"1".to_vec()));
+        assert_eq!(reports.told(), None);
+        let status = reports.next().unwrap();
+        assert_eq!((names(&status), status.full_begin), (vec!["b"], false));
+        assert_ne!(reports.told(), Some(hash));
+        reports.tell_all();
+        assert_eq!(names(&reports.next().unwrap()), ["a", "b"]);
+    }
+
+    #[test]
     fn of_each_object_only_the_newest_state_is_told() {
         let reports = known();
         reports.listed("StatefulSetBackup", &BTreeSet::new());
-        reports.begin();
+        reports.tell_all();
         reports.next().unwrap();
         for body in [b"1", b"2", b"3"] {
             reports.tell(key("a"), Some(body.to_vec()));
@@ -301,7 +347,7 @@ mod tests {
         let backup = BackupReport { policy: Some("gold".to_owned()), ..BackupReport::default() };
         reports.tell(key("a"), Some(body(&backup)));
         reports.listed("StatefulSetBackup", &BTreeSet::from([key("a")]));
-        reports.begin();
+        reports.tell_all();
         let rpo_told = || {
             let status = reports.next()?;
             serde_json::from_slice::<BackupReport>(&status.objects[0].body).unwrap().rpo_seconds
@@ -319,7 +365,7 @@ mod tests {
         reports.tell(key("a"), Some(b"1".to_vec()));
         reports.tell(key("b"), Some(b"1".to_vec()));
         reports.listed("StatefulSetBackup", &BTreeSet::from([key("b")]));
-        reports.begin();
+        reports.tell_all();
         let status = reports.next().unwrap();
         assert_eq!(names(&status), ["b"]);
     }
@@ -331,7 +377,7 @@ mod tests {
             reports.tell(key(&format!("{at:04}")), Some(vec![b'x'; 2000]));
         }
         reports.listed("StatefulSetBackup", &(0..1200).map(|at| key(&format!("{at:04}"))).collect());
-        reports.begin();
+        reports.tell_all();
         let (mut count, mut ends) = (0, Vec::new());
         while let Some(status) = reports.next() {
             assert!(status.objects.iter().map(|object| object.body.len()).sum::<usize>() <= CHUNK);

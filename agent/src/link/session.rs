@@ -11,8 +11,8 @@ use kube::runtime::watcher;
 use rand::Rng;
 use sts_backup_api::link::fleet_client::FleetClient;
 use sts_backup_api::link::{
-    AgentMessage, Applied, Desired, Goodbye, Heartbeat, Hello, HubMessage, MAX_MESSAGE, PROTOCOL, Welcome,
-    agent_message, applied::Outcome, hub_message,
+    AgentMessage, Applied, Desired, Goodbye, Heartbeat, Hello, HubMessage, MAX_MESSAGE, PROTOCOL, RetryLater,
+    Welcome, agent_message, applied::Outcome, hub_message,
 };
 use sts_backup_service::clock;
 use sts_backup_service::files::Watch;
@@ -52,6 +52,12 @@ const ACKNOWLEDGE: Duration = Duration::from_mins(1);
 /// So many heartbeats without an answer, and the hub counts as gone.
 const MISSED: u32 = 3;
 
+/// No hub keeps a cluster away for longer.
+const LONGEST_SPREAD: Duration = Duration::from_mins(5);
+
+/// The pause between two looks at whether the hub has what it was told.
+const CHECK: Duration = Duration::from_mins(10);
+
 /// Messages that wait for the hub.
 const OUTGOING: usize = 8;
 
@@ -61,11 +67,13 @@ type Anything = Box<dyn std::error::Error + Send + Sync>;
 pub(super) enum Ended {
     /// The agent ends.
     Stopped,
-    /// The hub ends, and said when to come again.
-    ComeAgain(Duration),
+    /// The hub said when to come again, and why.
+    ComeAgain { after: Duration, reason: String },
     /// There is a new certificate.
     Renewed,
-    /// It failed.
+    /// There was one, and it failed; the fleet of a hub that is gone comes back over so long.
+    Lost { error: Anything, spread: Duration },
+    /// There was none.
     Failed(Anything),
 }
 
@@ -128,7 +136,7 @@ impl Session {
         let mut incoming = timeout(CONNECT, fleet.session(ReceiverStream::new(sent))).await??.into_inner();
         let welcome = match timeout(CONNECT, incoming.message()).await??.and_then(|said| said.message) {
             Some(hub_message::Message::Welcome(welcome)) if welcome.protocol == PROTOCOL => welcome,
-            Some(hub_message::Message::Drain(drain)) => return Ok(come_again(drain.retry_after_ms)),
+            Some(hub_message::Message::RetryLater(later)) => return Ok(come_again(later)),
             _ => return Err("the hub does not welcome the agent".into()),
         };
         let offset = welcome.hub_time_ms.saturating_sub(clock::now().as_millisecond());
@@ -139,8 +147,13 @@ impl Session {
             "linked to the hub"
         );
         self.metrics.connected();
-        self.reports.begin();
-        Connected { session: self, outgoing, identity, directory, welcome }.speak(incoming, stop).await
+        if welcome.want_full {
+            self.reports.tell_all();
+        }
+        let spread = Duration::from_millis(welcome.reconnect_spread_ms.into()).min(LONGEST_SPREAD);
+        let connected = Connected { session: self, outgoing, identity, directory, welcome };
+        let ended = connected.speak(incoming, stop).await;
+        Ok(ended.unwrap_or_else(|error| Ended::Lost { error, spread }))
     }
 
     async fn hello(&self) -> Result<Hello, Error> {
@@ -157,6 +170,7 @@ impl Session {
             applied_revision: obeyed.revision,
             have,
             wall_clock_ms: clock::now().as_millisecond(),
+            state_hash: self.reports.hello(),
         })
     }
 }
@@ -165,8 +179,8 @@ async fn read_identity(directory: PathBuf) -> Result<Identity, Anything> {
     Ok(tokio::task::spawn_blocking(move || Identity::read(&directory)).await??)
 }
 
-fn come_again(milliseconds: u32) -> Ended {
-    Ended::ComeAgain(Duration::from_millis(u64::from(milliseconds)))
+fn come_again(later: RetryLater) -> Ended {
+    Ended::ComeAgain { after: Duration::from_millis(later.retry_after_ms.into()), reason: later.reason }
 }
 
 fn message(message: agent_message::Message) -> AgentMessage {
@@ -207,6 +221,7 @@ impl Connected<'_> {
         let pause = Duration::from_millis(u64::from(self.welcome.heartbeat_ms.max(1000)));
         let mut heard = clock::monotonic();
         let mut beat_at = heard + jittered(pause);
+        let mut check_at = heard + jittered(CHECK);
         let mut unacknowledged: Option<(u64, Instant)> = None;
         loop {
             if unacknowledged.is_none()
@@ -235,7 +250,8 @@ impl Connected<'_> {
                         Some(hub_message::Message::StatusAck(ack)) => {
                             unacknowledged = unacknowledged.filter(|(seq, _)| *seq != ack.seq);
                         }
-                        Some(hub_message::Message::Drain(drain)) => return Ok(come_again(drain.retry_after_ms)),
+                        Some(hub_message::Message::RetryLater(later)) => return Ok(come_again(later)),
+                        Some(hub_message::Message::WantFull(_)) => self.session.reports.tell_all(),
                         // Of a newer hub, too.
                         Some(hub_message::Message::Welcome(_) | hub_message::Message::Heartbeat(_)) | None => {}
                     }
@@ -251,7 +267,13 @@ impl Connected<'_> {
                         return Err("the hub does not answer".into());
                     }
                     beat_at = clock::monotonic() + jittered(pause);
-                    let heartbeat = Heartbeat { wall_clock_ms: clock::now().as_millisecond() };
+                    let is_due = check_at <= clock::monotonic() && unacknowledged.is_none();
+                    let checked = is_due.then(|| self.session.reports.told()).flatten();
+                    if checked.is_some() {
+                        check_at = clock::monotonic() + jittered(CHECK);
+                    }
+                    let state_hash = checked.unwrap_or_default();
+                    let heartbeat = Heartbeat { wall_clock_ms: clock::now().as_millisecond(), state_hash };
                     self.send(agent_message::Message::Heartbeat(heartbeat)).await?;
                 }
             }

@@ -185,6 +185,7 @@ pub(super) fn cluster(cluster: &Cluster) -> ClusterAnswer {
         (None, Some(session)) => ("Connected", Some(session.since)),
         (None, None) => ("Unknown", state.seen),
     };
+    let flapping = state.is_flapping();
     ClusterAnswer {
         id: cluster.id.to_string(),
         name: state.name,
@@ -195,7 +196,7 @@ pub(super) fn cluster(cluster: &Cluster) -> ClusterAnswer {
         agent: state.agent,
         revision: state.revision,
         applied: state.applied,
-        flapping: state.flaps > 0,
+        flapping,
     }
 }
 

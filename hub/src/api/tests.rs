@@ -139,6 +139,7 @@ async fn backups_are_told_by_what_is_wrong_with_them() {
             name: name.to_owned(),
         },
         body: body.to_string(),
+        hash: vec![1],
     };
     let report = Report { objects: bodies.map(object).into(), ..Report::default() };
     hub.fleet.store.report(id, report).await.unwrap();

@@ -13,26 +13,28 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use dashmap::DashMap;
-use futures::{StreamExt, TryStreamExt, stream};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use sts_backup_api::identity::ClusterId;
 use sts_backup_api::link::{Applied, Hello, applied::Outcome, short};
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 use uuid::Uuid;
 
 use self::place::{Body, Known, Placed};
 use crate::policies::PolicySet;
-use crate::store::{ClusterRow, Store, StoreError};
+use crate::store::{ClusterRow, Placement, Store, StoreError};
 
-/// How many clusters get their revisions at once: they share commits.
-const AT_ONCE: usize = 500;
+/// So many agents a second come back to a hub that was lost: half of what one core stands.
+const ADMITTED: u32 = 500;
 
-/// An agent that comes again this soon, as another one, fights with somebody.
-const FLAPPING: Duration = Duration::from_mins(1);
+/// How many reports of agents are taken apart and written at once: what the memory for them is bounded by.
+const REPORTS: usize = 64;
+
+/// An agent whose place another one takes this soon fights with somebody: both come again after two minutes at most.
+const FLAPPING: Duration = Duration::from_mins(5);
 
 /// How often it does before that is told.
 const FLAPS: u32 = 3;
@@ -167,7 +169,15 @@ pub struct State {
     /// Its connection; none: it is unknown how it is since it was last seen.
     pub session: Option<Session>,
     /// How often one agent has replaced another one in a row.
-    pub flaps: u32,
+    flaps: u32,
+}
+
+impl State {
+    /// Whether two agents connect as this cluster.
+    #[must_use]
+    pub fn is_flapping(&self) -> bool {
+        self.flaps >= FLAPS
+    }
 }
 
 /// A connection of a cluster.
@@ -214,6 +224,8 @@ pub struct Fleet {
     policies: Mutex<PoliciesState>,
     /// One placement at a time: a revision belongs to one set.
     placing: tokio::sync::Mutex<()>,
+    /// Whose turn it is to have a report written.
+    pub reporting: Semaphore,
     /// The hub ends.
     pub draining: CancellationToken,
 }
@@ -284,6 +296,7 @@ impl Fleet {
             clusters,
             policies: Mutex::default(),
             placing: tokio::sync::Mutex::default(),
+            reporting: Semaphore::new(REPORTS),
             draining: CancellationToken::new(),
         })
     }
@@ -299,9 +312,19 @@ impl Fleet {
     /// # Errors
     /// If there is none.
     pub fn named(&self, name: &str) -> Result<Arc<Cluster>, FleetError> {
-        let found =
-            self.clusters.iter().find(|entry| entry.name() == name).map(|entry| Arc::clone(entry.value()));
+        let found = self
+            .clusters
+            .iter()
+            .find(|entry| lock(&entry.state).name == name)
+            .map(|entry| Arc::clone(entry.value()));
         found.ok_or_else(|| FleetError::Unknown(name.to_owned()))
+    }
+
+    /// Over how long its agents are to come back after the hub was lost.
+    #[must_use]
+    pub fn spread(&self) -> Duration {
+        let clusters = u32::try_from(self.clusters.len()).unwrap_or(u32::MAX);
+        Duration::from_secs(clusters.into()) / ADMITTED
     }
 
     /// The policies in use.
@@ -318,39 +341,44 @@ impl Fleet {
     /// Places these policies on the clusters that they select.
     ///
     /// # Errors
-    /// If a new revision cannot be written. Whatever could be is placed.
+    /// If the new revisions cannot be written: then each cluster has what it had.
     pub async fn use_policies(&self, set: PolicySet, now: Timestamp) -> Result<(), StoreError> {
         let _one_at_a_time = self.placing.lock().await;
         let set = Arc::new(set);
         *lock(&self.policies) = PoliciesState { set: Some(Arc::clone(&set)), read: Some(now), error: None };
         let clusters: Vec<_> = self.clusters.iter().map(|entry| Arc::clone(entry.value())).collect();
-        let placed = stream::iter(clusters).map(|cluster| self.place(cluster, Arc::clone(&set)));
-        placed.buffer_unordered(AT_ONCE).try_collect::<()>().await
+        self.place(&clusters, &set).await
     }
 
-    async fn place(&self, cluster: Arc<Cluster>, set: Arc<PolicySet>) -> Result<(), StoreError> {
-        let (next, revision) = {
+    /// Gives those of these clusters a new revision for which there is one.
+    async fn place(&self, clusters: &[Arc<Cluster>], set: &PolicySet) -> Result<(), StoreError> {
+        let next = clusters.iter().filter_map(|cluster| {
             let state = lock(&cluster.state);
-            let Some(next) = place::next(&state.placed, set.of_cluster(&state.labels)) else { return Ok(()) };
-            (next, state.revision + 1)
-        };
-        let bodies = next.iter().map(|(name, body)| {
-            (name.clone(), body.as_ref().map(|body| (body.hash.clone(), Arc::clone(&body.json))))
+            let next = place::next(&state.placed, set.of_cluster(&state.labels))?;
+            Some((cluster, state.revision + 1, next))
         });
-        self.store.place(cluster.id, revision, bodies.collect()).await?;
-        {
-            let mut state = lock(&cluster.state);
-            state.placed = next;
-            state.revision = revision;
+        let next: Vec<_> = next.collect();
+        let placements = next.iter().map(|(cluster, revision, placed)| {
+            let body = |body: &Body| (body.hash.clone(), Arc::clone(&body.json));
+            let bodies = placed.iter().map(|(name, placed)| (name.clone(), placed.as_ref().map(body)));
+            Placement { cluster: cluster.id, revision: *revision, bodies: bodies.collect() }
+        });
+        self.store.place(placements.collect()).await?;
+        for (cluster, revision, placed) in next {
+            {
+                let mut state = lock(&cluster.state);
+                state.placed = placed;
+                state.revision = revision;
+            }
+            cluster.changed.send_replace(());
         }
-        cluster.changed.send_replace(());
         Ok(())
     }
 
     async fn place_again(&self, cluster: Arc<Cluster>) -> Result<(), StoreError> {
         let _one_at_a_time = self.placing.lock().await;
         let Some(set) = self.policies().set else { return Ok(()) };
-        self.place(cluster, set).await
+        self.place(&[cluster], &set).await
     }
 
     /// Adds a cluster.

@@ -34,10 +34,6 @@ use crate::fleet::Fleet;
 const STREAM_WINDOW: u32 = 64 << 10;
 const CONNECTION_WINDOW: u32 = 128 << 10;
 
-/// A peer that is gone without a word is noticed after these two.
-const PING_EVERY: Duration = Duration::from_secs(30);
-const PING_TIMEOUT: Duration = Duration::from_secs(20);
-
 /// Connections that are ready before anybody takes them.
 const BACKLOG: usize = 64;
 
@@ -63,8 +59,6 @@ pub async fn serve(
         .initial_connection_window_size(CONNECTION_WINDOW)
         // An agent has one session; another one while it ends.
         .max_concurrent_streams(2)
-        .http2_keepalive_interval(Some(PING_EVERY))
-        .http2_keepalive_timeout(Some(PING_TIMEOUT))
         .add_service(service)
         .serve_with_incoming(ReceiverStream::new(connections))
         .await

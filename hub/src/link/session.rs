@@ -2,7 +2,8 @@
 //!
 //! One `Desired` is under way at a time; what is newest counts when that is answered.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,8 +11,8 @@ use std::time::Duration;
 use futures::Stream;
 use jiff::Timestamp;
 use sts_backup_api::link::{
-    AgentMessage, Applied, Desired, Drain, Heartbeat, Hello, HubMessage, Object, PROTOCOL, StatusAck,
-    Welcome, agent_message, applied::Outcome, hub_message,
+    AgentMessage, Applied, Desired, Heartbeat, Hello, HubMessage, Object, PROTOCOL, RetryLater, StatusAck,
+    WantFull, Welcome, agent_message, applied::Outcome, body_hash, hub_message,
 };
 use sts_backup_api::report::{BACKUP, BackupReport, RESTORE, RestoreReport};
 use sts_backup_service::clock;
@@ -32,11 +33,14 @@ const HELLO: Duration = Duration::from_secs(10);
 /// How long it may take to answer what it was sent, retries not counted: it says so when it retries.
 const ANSWER: Duration = Duration::from_mins(1);
 
-/// So many heartbeats are missed before an agent counts as gone; each may be a fifth late.
-const MISSED: f64 = 3.6;
+/// An agent counts as gone when it was silent for so many heartbeats: two that are a fifth late fit in.
+const MISSED: u32 = 3;
 
 /// Agents come again within this time after the hub said that it ends.
 const COME_AGAIN_MS: u32 = 5000;
+
+/// How much of the history that it has written a session remembers.
+const REMEMBERED: usize = 10_000;
 
 /// Messages that wait for an agent.
 const OUTGOING: usize = 4;
@@ -88,6 +92,8 @@ async fn run(
         cluster_name: cluster.name(),
         hub_time_ms: clock::now().as_millisecond(),
         heartbeat_ms: u32::try_from(heartbeat.as_millis()).unwrap_or(u32::MAX),
+        reconnect_spread_ms: u32::try_from(fleet.spread().as_millis()).unwrap_or(u32::MAX),
+        want_full: !is_told(fleet, cluster, &hello.state_hash).await?,
     };
     let mut session = Session {
         fleet,
@@ -102,11 +108,12 @@ async fn run(
         },
         under_way: None,
         is_held: None,
+        written: HashSet::new(),
         kept: None,
     };
     let ended = async {
         session.send(hub_message::Message::Welcome(welcome)).await?;
-        session.speak(messages, begun.end, begun.changed, heartbeat.mul_f64(MISSED)).await
+        session.speak(messages, begun.end, begun.changed, heartbeat * MISSED).await
     };
     let ended = ended.await;
     fleet.end(cluster, begun.id, clock::now()).await;
@@ -126,6 +133,15 @@ async fn first(messages: &mut Streaming<AgentMessage>) -> Result<Hello, Status> 
     }
 }
 
+/// Whether the hub has what the agent's hash says.
+async fn is_told(fleet: &Fleet, cluster: &Cluster, hash: &[u8]) -> Result<bool, Status> {
+    if hash.is_empty() {
+        return Ok(false);
+    }
+    let known = fleet.store.state_hash(cluster.id).await;
+    Ok(known.map_err(|error| Status::unavailable(chain(&error)))? == hash)
+}
+
 fn unwritten(error: &crate::store::StoreError) -> Status {
     let error = chain(error);
     warn!(error, "what an agent says cannot be written: it is not acknowledged, and comes again");
@@ -142,6 +158,8 @@ struct Session<'a> {
     under_way: Option<(Desired, Instant)>,
     /// The revision that the agent holds back, and whether it was confirmed as it was sent.
     is_held: Option<(u64, bool)>,
+    /// Hashes of the history that it has written.
+    written: HashSet<u64>,
     /// What was reported since the agent began to report all.
     kept: Option<BTreeSet<ObjectKey>>,
 }
@@ -169,8 +187,8 @@ impl Session<'_> {
                     };
                 }
                 () = self.fleet.draining.cancelled() => {
-                    let drain = Drain { retry_after_ms: COME_AGAIN_MS };
-                    self.send(hub_message::Message::Drain(drain)).await?;
+                    let later = RetryLater { retry_after_ms: COME_AGAIN_MS, reason: "the hub ends".to_owned() };
+                    self.send(hub_message::Message::RetryLater(later)).await?;
                     return Ok("the hub ends");
                 }
                 message = messages.message() => {
@@ -222,7 +240,10 @@ impl Session<'_> {
                 if status.full_begin {
                     self.kept = Some(BTreeSet::new());
                 }
-                let report = report(status.objects, status.gone)?;
+                // The others wait with what they have sent, and that is little.
+                let _turn = self.fleet.reporting.acquire().await;
+                let mut report = report(status.objects, status.gone)?;
+                report.history.retain(|row| self.is_news(row));
                 if let Some(kept) = &mut self.kept {
                     kept.extend(report.objects.iter().map(|object| object.key.clone()));
                 }
@@ -235,13 +256,31 @@ impl Session<'_> {
                 }
                 self.send(hub_message::Message::StatusAck(StatusAck { seq: status.seq })).await?;
             }
-            agent_message::Message::Heartbeat(_) => {
-                let answer = Heartbeat { wall_clock_ms: clock::now().as_millisecond() };
+            agent_message::Message::Heartbeat(heartbeat) => {
+                if !heartbeat.state_hash.is_empty()
+                    && !is_told(self.fleet, self.cluster, &heartbeat.state_hash).await?
+                {
+                    warn!("what the hub has of the cluster's objects is not what there is: all is asked for");
+                    self.send(hub_message::Message::WantFull(WantFull {})).await?;
+                }
+                let answer =
+                    Heartbeat { wall_clock_ms: clock::now().as_millisecond(), ..Heartbeat::default() };
                 self.send(hub_message::Message::Heartbeat(answer)).await?;
             }
             agent_message::Message::Goodbye(_) => return Ok(true),
         }
         Ok(false)
+    }
+
+    /// Whether this session has not written that yet: a backup reports all runs that it remembers, and most of them again and
+    /// again.
+    fn is_news(&mut self, row: &HistoryRow) -> bool {
+        if self.written.len() >= REMEMBERED {
+            self.written.clear();
+        }
+        let mut hasher = DefaultHasher::new();
+        (&row.uid, &row.run, &row.body).hash(&mut hasher);
+        self.written.insert(hasher.finish())
     }
 
     /// Notes what became of what was sent.
@@ -307,6 +346,7 @@ fn report(objects: Vec<Object>, gone: Vec<sts_backup_api::link::ObjectKey>) -> R
     for object in objects {
         let bad = || Status::invalid_argument("an object of a status cannot be read");
         let key = key(object.key.ok_or_else(bad)?);
+        let hash = body_hash(&object.body);
         let body = String::from_utf8(object.body).map_err(|_| bad())?;
         match key.kind.as_str() {
             BACKUP => {
@@ -322,7 +362,7 @@ fn report(objects: Vec<Object>, gone: Vec<sts_backup_api::link::ObjectKey>) -> R
                 }));
                 backup.runs.extend(runs.into_iter().max_by_key(|run| run.started));
                 let body = serde_json::to_string(&backup).expect("texts and numbers are JSON");
-                report.objects.push(ObjectRow { key, body });
+                report.objects.push(ObjectRow { key, body, hash });
             }
             RESTORE => {
                 let restore: RestoreReport = serde_json::from_str(&body).map_err(|_| bad())?;
@@ -336,12 +376,12 @@ fn report(objects: Vec<Object>, gone: Vec<sts_backup_api::link::ObjectKey>) -> R
                         body: body.clone(),
                     });
                 }
-                report.objects.push(ObjectRow { key, body });
+                report.objects.push(ObjectRow { key, body, hash });
             }
             // Of a newer agent, too.
             _ => {
                 serde_json::from_str::<serde_json::Value>(&body).map_err(|_| bad())?;
-                report.objects.push(ObjectRow { key, body });
+                report.objects.push(ObjectRow { key, body, hash });
             }
         }
     }

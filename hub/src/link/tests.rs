@@ -9,7 +9,7 @@ use sts_backup_api::identity::{ClusterId, TrustDomain};
 use sts_backup_api::link::fleet_client::FleetClient;
 use sts_backup_api::link::{
     Applied, Desired, Heartbeat, Hello, PROTOCOL, Rejected, Status as Told, Welcome, agent_message,
-    applied::Outcome, hub_message,
+    applied::Outcome, body_hash, hub_message, state_hash,
 };
 use sts_backup_service::clock;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -291,6 +291,42 @@ async fn a_status_is_acknowledged_when_it_is_written() {
 }
 
 #[tokio::test]
+async fn all_is_reported_again_only_to_a_hub_that_lacks_something() {
+    let hub = Hub::start().await;
+    hub.add(1, "prod").await;
+    let hash = |body: &str| {
+        let told = body_hash(body.as_bytes());
+        state_hash([(["StatefulSetBackup", "shop", "db"], &*told)])
+    };
+    let connect = async |state_hash| {
+        let hello = Hello { state_hash, ..Hello::default() };
+        Agent::connect(hub.address, &hub.certificate(1), &hub.authority, hello).await.unwrap()
+    };
+    let mut agent = connect(Vec::new()).await;
+    assert!(agent.welcome.want_full);
+    let key = sts_backup_api::link::ObjectKey {
+        kind: "StatefulSetBackup".to_owned(),
+        namespace: "shop".to_owned(),
+        name: "db".to_owned(),
+    };
+    let object = sts_backup_api::link::Object { key: Some(key), body: b"{}".to_vec() };
+    let status = Told { seq: 1, full_begin: true, full_end: true, objects: vec![object], gone: Vec::new() };
+    agent.say(agent_message::Message::Status(status)).await;
+    agent.hear().await.unwrap();
+    assert!(connect(hash("{\"other\":1}")).await.welcome.want_full);
+    let mut agent = connect(hash("{}")).await;
+    assert!(!agent.welcome.want_full);
+
+    let check = async |agent: &Agent, state_hash| {
+        agent.say(agent_message::Message::Heartbeat(Heartbeat { wall_clock_ms: 0, state_hash })).await;
+    };
+    check(&agent, hash("{}")).await;
+    assert!(matches!(agent.hear().await.unwrap(), hub_message::Message::Heartbeat(_)));
+    check(&agent, hash("{\"other\":1}")).await;
+    assert!(matches!(agent.hear().await.unwrap(), hub_message::Message::WantFull(_)));
+}
+
+#[tokio::test]
 async fn who_is_not_let_in_is_told_why() {
     let hub = Hub::start().await;
     let said = hub.connect(1).await.err().unwrap();
@@ -358,7 +394,7 @@ async fn a_hub_that_ends_says_when_to_come_again() {
     hub.stop.cancel();
     hub.fleet.draining.cancel();
     let said = agent.hear().await.unwrap();
-    assert!(matches!(said, hub_message::Message::Drain(drain) if drain.retry_after_ms > 0), "{said:?}");
+    assert!(matches!(&said, hub_message::Message::RetryLater(later) if later.retry_after_ms > 0), "{said:?}");
 }
 
 #[tokio::test]

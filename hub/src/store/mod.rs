@@ -17,12 +17,17 @@ use serde_json::Value;
 use sqlx::sqlite::{
     SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteRow, SqliteSynchronous,
 };
-use sqlx::{Row, SqliteConnection};
+use sqlx::{QueryBuilder, Row, Sqlite, SqliteConnection};
 use sts_backup_api::identity::ClusterId;
+use sts_backup_api::link::state_hash;
 use uuid::Uuid;
 
 pub use self::writer::WriteError;
 use self::writer::Writer;
+
+/// How many rows one statement writes: to execute one costs as much as many rows do, and `SQLite` binds no more than 32,766
+/// values.
+const ROWS: usize = 1000;
 
 /// How many reads run side by side.
 const READERS: u32 = 4;
@@ -67,6 +72,17 @@ pub type Result<T, E = StoreError> = std::result::Result<T, E>;
 
 /// Policies by name, with hash and body; none: a tombstone.
 pub type Bodies = BTreeMap<String, Option<(Vec<u8>, Arc<[u8]>)>>;
+
+/// A new revision of what is placed on a cluster.
+#[derive(Clone, Debug)]
+pub struct Placement {
+    /// The cluster.
+    pub cluster: ClusterId,
+    /// The revision.
+    pub revision: u64,
+    /// What is placed on it.
+    pub bodies: Bodies,
+}
 
 /// A cluster, as it is remembered.
 #[derive(Clone, Debug)]
@@ -124,6 +140,8 @@ pub struct ObjectRow {
     pub key: ObjectKey,
     /// Its summary, as JSON.
     pub body: String,
+    /// The hash of what its cluster told of it, which is more than the summary.
+    pub hash: Vec<u8>,
 }
 
 /// What has ended: a run of a backup, or a restore.
@@ -165,7 +183,10 @@ impl Store {
             .journal_mode(SqliteJournalMode::Wal)
             // What is acknowledged survives a loss of power, too.
             .synchronous(SqliteSynchronous::Full)
-            .busy_timeout(Duration::from_secs(10));
+            .busy_timeout(Duration::from_secs(10))
+            // A commit of many reports has thousands of pages: each is copied once for several commits, not for each.
+            .pragma("wal_autocheckpoint", "8000")
+            .pragma("cache_size", "-16384");
         let one = SqlitePoolOptions::new().min_connections(1).max_connections(1);
         let writing = one.idle_timeout(None).max_lifetime(None).connect_with(options.clone());
         let writing = writing.await.map_err(opened)?;
@@ -328,42 +349,12 @@ impl Store {
         .await
     }
 
-    /// Gives a cluster a new revision of what is placed on it: with each body, or a tombstone.
+    /// Gives clusters new revisions of what is placed on them.
     ///
     /// # Errors
-    /// If it cannot be written: then the cluster has what it had.
-    pub async fn place(&self, id: ClusterId, revision: u64, placed: Bodies) -> Result<()> {
-        self.write(move |connection| {
-            Box::pin(async move {
-                let cluster = id.to_string();
-                sqlx::query("UPDATE clusters SET revision = ? WHERE id = ?")
-                    .bind(number(revision))
-                    .bind(&cluster)
-                    .execute(&mut *connection)
-                    .await?;
-                sqlx::query("DELETE FROM placed WHERE cluster = ?")
-                    .bind(&cluster)
-                    .execute(&mut *connection)
-                    .await?;
-                for (name, body) in &placed {
-                    if let Some((hash, body)) = body {
-                        sqlx::query("INSERT INTO bodies (hash, body) VALUES (?, ?) ON CONFLICT DO NOTHING")
-                            .bind(hash)
-                            .bind(&**body)
-                            .execute(&mut *connection)
-                            .await?;
-                    }
-                    sqlx::query("INSERT INTO placed (cluster, name, hash) VALUES (?, ?, ?)")
-                        .bind(&cluster)
-                        .bind(name)
-                        .bind(body.as_ref().map(|(hash, _)| hash))
-                        .execute(&mut *connection)
-                        .await?;
-                }
-                Ok(())
-            })
-        })
-        .await
+    /// If they cannot be written: then all of them have what they had.
+    pub async fn place(&self, placements: Vec<Placement>) -> Result<()> {
+        self.write(move |connection| Box::pin(write_placements(connection, placements))).await
     }
 
     /// Notes what an agent said of itself.
@@ -372,7 +363,7 @@ impl Store {
     /// If it cannot be written.
     pub async fn hello(&self, id: ClusterId, hello: &Value, now: Timestamp) -> Result<()> {
         let hello = hello.to_string();
-        self.write(move |connection| {
+        self.write_one(move |connection| {
             Box::pin(async move {
                 sqlx::query("UPDATE clusters SET hello = ?, seen_ms = ? WHERE id = ?")
                     .bind(hello)
@@ -391,7 +382,7 @@ impl Store {
     /// # Errors
     /// If it cannot be written.
     pub async fn seen(&self, id: ClusterId, now: Timestamp) -> Result<()> {
-        self.write(move |connection| {
+        self.write_one(move |connection| {
             Box::pin(async move {
                 sqlx::query("UPDATE clusters SET seen_ms = ? WHERE id = ?")
                     .bind(now.as_millisecond())
@@ -410,7 +401,7 @@ impl Store {
     /// If it cannot be written.
     pub async fn applied(&self, id: ClusterId, applied: &Value) -> Result<()> {
         let applied = applied.to_string();
-        self.write(move |connection| {
+        self.write_one(move |connection| {
             Box::pin(async move {
                 sqlx::query("UPDATE clusters SET applied = ? WHERE id = ?")
                     .bind(applied)
@@ -429,6 +420,22 @@ impl Store {
     /// If it cannot be written: then nothing of it is.
     pub async fn report(&self, id: ClusterId, report: Report) -> Result<()> {
         self.write(move |connection| Box::pin(write_report(connection, id, report))).await
+    }
+
+    /// The hash of all that a cluster has told of its objects.
+    ///
+    /// # Errors
+    /// If they cannot be read.
+    pub async fn state_hash(&self, id: ClusterId) -> Result<Vec<u8>> {
+        let select = "SELECT kind, namespace, name, hash FROM objects WHERE cluster = ? ORDER BY kind, namespace, name";
+        let rows = sqlx::query(select).bind(id.to_string()).fetch_all(&self.pool).await?;
+        let object = |row| -> Result<(_, _), sqlx::Error> {
+            let row: &SqliteRow = row;
+            let key = [row.try_get("kind")?, row.try_get("namespace")?, row.try_get("name")?];
+            Ok((key, row.try_get("hash")?))
+        };
+        let objects = rows.iter().map(object).collect::<Result<Vec<([&str; 3], &[u8])>, _>>()?;
+        Ok(state_hash(objects))
     }
 
     /// Forgets the objects of a cluster that are not among these.
@@ -481,11 +488,12 @@ impl Store {
     /// # Errors
     /// If they cannot be read.
     pub async fn objects(&self, kind: &str) -> Result<Vec<(String, ObjectRow)>> {
-        let select = "SELECT cluster, kind, namespace, name, body FROM objects WHERE kind = ? \
+        let select = "SELECT cluster, kind, namespace, name, body, hash FROM objects WHERE kind = ? \
                       ORDER BY cluster, namespace, name";
         let rows = sqlx::query(select).bind(kind).fetch_all(&self.pool).await?;
         let object = |row: &SqliteRow| {
-            Ok((row.try_get("cluster")?, ObjectRow { key: object_key(row)?, body: row.try_get("body")? }))
+            let (body, hash) = (row.try_get("body")?, row.try_get("hash")?);
+            Ok((row.try_get("cluster")?, ObjectRow { key: object_key(row)?, body, hash }))
         };
         rows.iter().map(object).collect()
     }
@@ -552,6 +560,57 @@ impl Store {
     async fn write(&self, job: impl writer::Job) -> Result<()> {
         Ok(self.writer.write(job).await?)
     }
+
+    /// Writes by a single statement.
+    async fn write_one(&self, job: impl writer::Job) -> Result<()> {
+        Ok(self.writer.write_one(job).await?)
+    }
+}
+
+async fn write_placements(
+    connection: &mut SqliteConnection,
+    placements: Vec<Placement>,
+) -> Result<(), sqlx::Error> {
+    let mut bodies = BTreeMap::new();
+    for placements in placements.chunks(ROWS) {
+        let ids: Vec<_> = placements.iter().map(|placement| placement.cluster.to_string()).collect();
+        let mut update = QueryBuilder::new("UPDATE clusters SET revision = new.column2 FROM (");
+        update.push_values(ids.iter().zip(placements), |mut row, (id, placement)| {
+            row.push_bind(id).push_bind(number(placement.revision));
+        });
+        update.push(") AS new WHERE clusters.id = new.column1");
+        execute(update, connection).await?;
+        let mut delete = QueryBuilder::new("DELETE FROM placed WHERE cluster IN (");
+        let mut separated = delete.separated(", ");
+        for id in &ids {
+            separated.push_bind(id);
+        }
+        delete.push(")");
+        execute(delete, connection).await?;
+        let mut placed = Vec::new();
+        for (id, placement) in ids.iter().zip(placements) {
+            for (name, body) in &placement.bodies {
+                placed.push((id, name, body.as_ref().map(|(hash, _)| hash)));
+                if let Some((hash, body)) = body
+                    && bodies.insert(hash, body).is_none()
+                {
+                    sqlx::query("INSERT INTO bodies (hash, body) VALUES (?, ?) ON CONFLICT DO NOTHING")
+                        .bind(hash)
+                        .bind(&**body)
+                        .execute(&mut *connection)
+                        .await?;
+                }
+            }
+        }
+        for rows in placed.chunks(ROWS) {
+            let mut insert = QueryBuilder::new("INSERT INTO placed (cluster, name, hash) ");
+            insert.push_values(rows, |mut row, (id, name, hash)| {
+                row.push_bind(*id).push_bind(*name).push_bind(*hash);
+            });
+            execute(insert, connection).await?;
+        }
+    }
+    Ok(())
 }
 
 async fn write_report(
@@ -560,40 +619,41 @@ async fn write_report(
     report: Report,
 ) -> Result<(), sqlx::Error> {
     let cluster = id.to_string();
-    for ObjectRow { key, body } in &report.objects {
-        sqlx::query(
-            "INSERT INTO objects (cluster, kind, namespace, name, body) VALUES (?, ?, ?, ?, ?) \
-             ON CONFLICT DO UPDATE SET body = excluded.body",
-        )
-        .bind(&cluster)
-        .bind(&key.kind)
-        .bind(&key.namespace)
-        .bind(&key.name)
-        .bind(body)
-        .execute(&mut *connection)
-        .await?;
+    for rows in report.objects.chunks(ROWS) {
+        let mut insert =
+            QueryBuilder::new("INSERT INTO objects (cluster, kind, namespace, name, body, hash) ");
+        insert.push_values(rows, |mut row, ObjectRow { key, body, hash }| {
+            row.push_bind(&cluster).push_bind(&key.kind).push_bind(&key.namespace).push_bind(&key.name);
+            row.push_bind(body).push_bind(hash);
+        });
+        insert.push(" ON CONFLICT DO UPDATE SET body = excluded.body, hash = excluded.hash WHERE hash != excluded.hash");
+        execute(insert, connection).await?;
+    }
+    for rows in report.history.chunks(ROWS) {
+        let columns = "cluster, uid, run, kind, namespace, name, started_ms, result, body";
+        let mut insert = QueryBuilder::new(format!("INSERT INTO history ({columns}) "));
+        insert.push_values(rows, |mut row, HistoryRow { key, uid, run, started, result, body }| {
+            row.push_bind(&cluster).push_bind(uid).push_bind(run);
+            row.push_bind(&key.kind).push_bind(&key.namespace).push_bind(&key.name);
+            row.push_bind(started.as_millisecond()).push_bind(result).push_bind(body);
+        });
+        insert.push(
+            " ON CONFLICT DO UPDATE SET result = excluded.result, body = excluded.body WHERE body != excluded.body",
+        );
+        execute(insert, connection).await?;
     }
     for key in &report.gone {
         delete_object(connection, &cluster, key).await?;
     }
-    for HistoryRow { key, uid, run, started, result, body } in &report.history {
-        sqlx::query(
-            "INSERT INTO history (cluster, uid, run, kind, namespace, name, started_ms, result, body) \
-             VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) \
-             ON CONFLICT DO UPDATE SET result = excluded.result, body = excluded.body",
-        )
-        .bind(&cluster)
-        .bind(uid)
-        .bind(run)
-        .bind(&key.kind)
-        .bind(&key.namespace)
-        .bind(&key.name)
-        .bind(started.as_millisecond())
-        .bind(result)
-        .bind(body)
-        .execute(&mut *connection)
-        .await?;
-    }
+    Ok(())
+}
+
+/// Executes a statement that is long, and seldom the same: it is not kept.
+async fn execute(
+    mut statement: QueryBuilder<Sqlite>,
+    connection: &mut SqliteConnection,
+) -> Result<(), sqlx::Error> {
+    statement.build().persistent(false).execute(connection).await?;
     Ok(())
 }
 

@@ -27,7 +27,8 @@ async fn what_was_written_is_there_after_a_restart() {
     store.add_cluster(id(1), "prod-eu-1", &labels, at(1)).await.unwrap();
     let body: Arc<[u8]> = Arc::from(&b"{}"[..]);
     let placed = BTreeMap::from([("gold".to_owned(), Some((vec![1], body))), ("old".to_owned(), None)]);
-    store.place(id(1), 7, placed).await.unwrap();
+    let placement = Placement { cluster: id(1), revision: 7, bodies: placed };
+    store.place(vec![placement]).await.unwrap();
     store.revoke_cluster(id(1), "prod-eu-1", at(2)).await.unwrap();
     let first = store.id();
     store.close().await;
@@ -83,7 +84,7 @@ async fn a_run_that_is_reported_twice_is_known_once() {
         body: "{}".to_owned(),
     };
     let report = |history| Report {
-        objects: vec![ObjectRow { key: key("db"), body: "{}".to_owned() }],
+        objects: vec![ObjectRow { key: key("db"), body: "{}".to_owned(), hash: vec![1] }],
         gone: Vec::new(),
         history,
     };
@@ -105,7 +106,8 @@ async fn a_report_of_all_forgets_what_is_in_none() {
     let store = open(&directory).await;
     for number in [1, 2] {
         store.add_cluster(id(number), &number.to_string(), &BTreeMap::new(), at(1)).await.unwrap();
-        let objects = ["a", "b"].map(|name| ObjectRow { key: key(name), body: "{}".to_owned() }).into();
+        let objects =
+            ["a", "b"].map(|name| ObjectRow { key: key(name), body: "{}".to_owned(), hash: vec![1] }).into();
         store.report(id(number), Report { objects, ..Report::default() }).await.unwrap();
     }
     store.keep_only(id(1), BTreeSet::from([key("b")])).await.unwrap();
@@ -129,7 +131,7 @@ async fn a_full_disk_acknowledges_nothing() {
         })
         .await
         .unwrap();
-    let objects = vec![ObjectRow { key: key("a"), body: "x".repeat(1 << 20) }];
+    let objects = vec![ObjectRow { key: key("a"), body: "x".repeat(1 << 20), hash: vec![1] }];
     let refused = store.report(id(1), Report { objects: objects.clone(), ..Report::default() }).await;
     assert!(refused.is_err());
     assert!(store.objects("StatefulSetBackup").await.unwrap().is_empty());

@@ -45,8 +45,15 @@ type Done = Result<(), WriteError>;
 type AnyJob =
     Box<dyn for<'a> FnOnce(&'a mut SqliteConnection) -> BoxFuture<'a, Result<(), sqlx::Error>> + Send>;
 
+struct Waiting {
+    job: AnyJob,
+    /// A single statement is undone by `SQLite` itself when it fails.
+    is_one_statement: bool,
+    done: oneshot::Sender<Done>,
+}
+
 enum Order {
-    Write(AnyJob, oneshot::Sender<Done>),
+    Write(Waiting),
     Close(oneshot::Sender<()>),
 }
 
@@ -70,8 +77,17 @@ impl Writer {
 
     /// Returns when it is safe on the disk.
     pub(super) async fn write(&self, job: impl Job) -> Done {
+        self.order(Box::new(job), false).await
+    }
+
+    /// The same for a job of one statement, which needs less.
+    pub(super) async fn write_one(&self, job: impl Job) -> Done {
+        self.order(Box::new(job), true).await
+    }
+
+    async fn order(&self, job: AnyJob, is_one_statement: bool) -> Done {
         let (done, answer) = oneshot::channel();
-        let sent = self.0.send(Order::Write(Box::new(job), done)).await;
+        let sent = self.0.send(Order::Write(Waiting { job, is_one_statement, done })).await;
         sent.map_err(|_| WriteError::Closed)?;
         answer.await.unwrap_or(Err(WriteError::Closed))
     }
@@ -92,7 +108,7 @@ async fn run(pool: SqlitePool, mut orders: mpsc::Receiver<Order>) {
         let (mut jobs, mut closing) = (Vec::new(), None);
         while let Some(order) = next.take() {
             match order {
-                Order::Write(job, done) => jobs.push((job, done)),
+                Order::Write(waiting) => jobs.push(waiting),
                 Order::Close(done) => {
                     closing = Some(done);
                     break;
@@ -112,25 +128,32 @@ async fn run(pool: SqlitePool, mut orders: mpsc::Receiver<Order>) {
 }
 
 /// Does all in one transaction; what fails alone is undone alone.
-async fn commit(pool: &SqlitePool, jobs: Vec<(AnyJob, oneshot::Sender<Done>)>) {
+async fn commit(pool: &SqlitePool, jobs: Vec<Waiting>) {
     if jobs.is_empty() {
         return;
     }
     let mut waiting = Vec::new();
     let written = async {
         let mut transaction = pool.begin().await?;
-        for (job, done) in jobs {
-            sqlx::query("SAVEPOINT job").execute(&mut *transaction).await?;
-            match job(&mut transaction).await {
-                Ok(()) => waiting.push(done),
-                Err(error) => {
-                    let refused = Err(WriteError::Refused(Arc::new(error)));
-                    let undone = sqlx::query("ROLLBACK TO job").execute(&mut *transaction).await;
-                    let _ = done.send(refused);
-                    undone?;
-                }
+        for Waiting { job, is_one_statement, done } in jobs {
+            if !is_one_statement {
+                sqlx::query("SAVEPOINT job").execute(&mut *transaction).await?;
             }
-            sqlx::query("RELEASE job").execute(&mut *transaction).await?;
+            let written = job(&mut transaction).await;
+            let undone = match &written {
+                Err(_) if !is_one_statement => {
+                    sqlx::query("ROLLBACK TO job").execute(&mut *transaction).await.map(drop)
+                }
+                _ => Ok(()),
+            };
+            match written {
+                Ok(()) => waiting.push(done),
+                Err(error) => drop(done.send(Err(WriteError::Refused(Arc::new(error))))),
+            }
+            undone?;
+            if !is_one_statement {
+                sqlx::query("RELEASE job").execute(&mut *transaction).await?;
+            }
         }
         transaction.commit().await
     };
