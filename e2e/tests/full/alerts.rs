@@ -8,7 +8,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::json;
 use sts_backup_e2e::harness::Harness;
 use sts_backup_e2e::harness::programs::PROMETHEUS;
-use sts_backup_e2e::kit::helm::agent_chart;
+use sts_backup_e2e::kit::helm::{agent_chart, hub_chart};
 use tokio::io::AsyncWriteExt;
 use tokio::process::Command;
 
@@ -180,7 +180,7 @@ type Firing = BTreeMap<String, Vec<BTreeMap<String, String>>>;
 async fn alerts_fire_when_they_should_and_only_then() -> Result<()> {
     let program = PROMETHEUS.build(&Harness::open()?).await?.join("rules");
     for (case, changes, expected) in CASES {
-        let firing = firing(&program, &load(changes)).await.context(case)?;
+        let firing = firing(&program, &agent_chart(), &load(changes)).await.context(case)?;
         ensure!(firing.keys().eq(expected), "{case}: {firing:#?}");
         for (alert, labels) in firing {
             let about: BTreeMap<String, String> = labels_of(&alert)
@@ -208,10 +208,55 @@ async fn an_agent_that_is_down_is_told_of_its_cluster_alone() -> Result<()> {
         ("none leads", "1x590 0x9", "1x100", &["east", "west"]),
     ] {
         let load = ["load 1m".to_owned(), leader("east", "a", east), leader("west", "a", west)].join("\n");
-        let firing = firing(&program, &load).await.context(case)?;
+        let firing = firing(&program, &agent_chart(), &load).await.context(case)?;
         let down: Vec<&String> =
             firing.get("StsBackupAgentDown").into_iter().flatten().flat_map(BTreeMap::values).collect();
         ensure!(firing.len() == usize::from(!expected.is_empty()) && down == expected, "{case}: {firing:#?}");
+    }
+    Ok(())
+}
+
+#[tokio::test]
+#[ignore = "builds Prometheus' engine: cargo e2e test --tier full"]
+async fn alerts_of_the_hub_fire_when_they_should_and_only_then() -> Result<()> {
+    let program = PROMETHEUS.build(&Harness::open()?).await?.join("rules");
+    let healthy = [
+        ("clusters", "2x600"),
+        ("cluster_connected{cluster=\"east\"}", "1x600"),
+        ("cluster_policies_rejected{cluster=\"east\"}", "0x600"),
+        ("clusters_held", "0x600"),
+        ("clusters_flapping", "0x600"),
+        ("policies_reload_failed", "0x600"),
+        ("certificates_reload_failed", "0x600"),
+    ];
+    for (case, series, samples, expected) in [
+        ("all is well", "clusters", "2x600", &[][..]),
+        ("it is gone for 10 minutes", "clusters", "2x583", &["StsBackupHubDown"]),
+        ("it was away for a while", "clusters", "2x400 _x100 2x99", &[]),
+        (
+            "a cluster is away for 15 minutes",
+            "cluster_connected{cluster=\"east\"}",
+            "1x580 0x19",
+            &["StsBackupHubClusterUnknown"],
+        ),
+        ("a cluster is away for 5 minutes", "cluster_connected{cluster=\"east\"}", "1x593 0x6", &[]),
+        (
+            "a cluster refuses policies",
+            "cluster_policies_rejected{cluster=\"east\"}",
+            "2x600",
+            &["StsBackupHubPoliciesRejected"],
+        ),
+        ("a cluster holds back", "clusters_held", "1x600", &["StsBackupHubHeld"]),
+        ("two agents fight", "clusters_flapping", "1x600", &["StsBackupHubFlapping"]),
+        ("bad files", "policies_reload_failed", "1x600", &["StsBackupHubPoliciesUnusable"]),
+        ("bad certificates", "certificates_reload_failed", "1x600", &["StsBackupHubCertificatesUnusable"]),
+    ] {
+        let lines = healthy.iter().map(|(name, well)| {
+            format!("  sts_backup_hub_{name} {}", if *name == series { samples } else { well })
+        });
+        let load = std::iter::once("load 1m".to_owned()).chain(lines).collect::<Vec<_>>().join("\n");
+        let firing = firing(&program, &hub_chart(), &load).await.context(case)?;
+        ensure!(firing.keys().eq(expected), "{case}: {firing:#?}");
     }
     Ok(())
 }
@@ -253,8 +298,8 @@ fn load(changes: &[(&str, &str, &str)]) -> String {
     lines.join("\n")
 }
 
-async fn firing(program: &Path, load: &str) -> Result<Firing> {
-    let rules = agent_chart().join("files").join("alerts.yaml");
+async fn firing(program: &Path, chart: &Path, load: &str) -> Result<Firing> {
+    let rules = chart.join("files").join("alerts.yaml");
     let case = json!({ "rules": rules, "load": load, "at": AT * 60 });
     let mut evaluation = Command::new(program);
     evaluation.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
