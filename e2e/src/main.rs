@@ -77,6 +77,12 @@ enum Bench {
     Agent,
     /// How long a restore takes an application down, against scaling it down and up by hand
     Restore,
+    /// What a hub uses for its agents, and how fast it is with all of them: needs no cluster, but two processors
+    Fleet {
+        /// How many agents are simulated
+        #[arg(long, default_value_t = 10_000)]
+        agents: usize,
+    },
 }
 
 #[derive(Subcommand)]
@@ -162,11 +168,17 @@ async fn run(command: Command) -> Result<ExitCode> {
         Command::Bench { what } => {
             let harness = Harness { release: true, ..Harness::open()? };
             let _lock = harness.lock()?;
-            up(&harness, 1).await?;
+            if !matches!(what, Bench::Fleet { .. }) {
+                up(&harness, 1).await?;
+            }
             let figures = match what {
                 Bench::Freeze => serde_json::to_string(&bench::freeze::run().await?)?,
                 Bench::Agent => serde_json::to_string(&bench::agent::run().await?)?,
                 Bench::Restore => serde_json::to_string(&bench::restore::run().await?)?,
+                Bench::Fleet { agents } => {
+                    let (hub, simulated) = images::make_fleet(&harness).await?;
+                    serde_json::to_string(&Box::pin(bench::fleet::run(&hub, &simulated, agents)).await?)?
+                }
             };
             println!("{figures}");
             Ok(ExitCode::SUCCESS)

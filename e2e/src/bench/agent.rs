@@ -26,7 +26,7 @@ use sts_backup_api::snapshot::{VolumeSnapshot, VolumeSnapshotContent};
 use tokio::time::Instant;
 
 use super::clock;
-use super::fleet::{self, BACKUPS, CLASS, Fleet, POINTS, RUNS, app, at_once, claim};
+use super::full_cluster::{self, BACKUPS, CLASS, FullCluster, POINTS, RUNS, app, at_once, claim};
 use super::usage::{Usage, load_average, mebibytes, rounded};
 use crate::condition::await_none;
 use crate::harness::clusters::cluster_name;
@@ -139,7 +139,7 @@ async fn measure(cluster: &Cluster, agent: &Agent, load: f64) -> Result<Figures>
     agent.scale(0).await?;
     agent.await_rolled_out().await?;
     count_requests(cluster).await?;
-    let fleet = Fleet::make(cluster, clock::now()).await?;
+    let fleet = FullCluster::make(cluster, clock::now()).await?;
 
     eprintln!("  · a new agent starts");
     agent.scale(REPLICAS).await?;
@@ -236,7 +236,7 @@ fn run_of(backup: &StatefulSetBackup, slot: Timestamp) -> Option<&RunRecord> {
 }
 
 /// Creates a snapshot of each claim at once; the seconds until the last is cut.
-async fn by_hand(cluster: &Cluster, fleet: &Fleet) -> Result<f64> {
+async fn by_hand(cluster: &Cluster, fleet: &FullCluster) -> Result<f64> {
     let name = |number| format!("raw-{}", app(number));
     let began = clock::now();
     let take =
@@ -249,8 +249,9 @@ async fn by_hand(cluster: &Cluster, fleet: &Fleet) -> Result<f64> {
     await_none(&snapshots, "snapshots by hand that are not ready", SNAPSHOTS_TIMEOUT, is_unready).await?;
     let took = rounded(seconds(began, last_cut(cluster, &names).await?));
 
-    let forget =
-        async |number| fleet::delete(&fleet.namespace(number).api::<VolumeSnapshot>(), &name(number)).await;
+    let forget = async |number| {
+        full_cluster::delete(&fleet.namespace(number).api::<VolumeSnapshot>(), &name(number)).await
+    };
     at_once((0..RUNS).map(forget)).await?;
     await_none(&snapshots, "snapshots by hand", SNAPSHOTS_TIMEOUT, is_one).await?;
     Ok(took)
@@ -380,8 +381,8 @@ fn carried_out(metrics: &str) -> Result<f64> {
 
 /// Removes all that the bench has made.
 async fn clear(cluster: &Cluster) -> Result<()> {
-    fleet::delete(&Api::<FlowSchema>::all(cluster.client()), FLOW).await?;
-    fleet::clear(cluster).await
+    full_cluster::delete(&Api::<FlowSchema>::all(cluster.client()), FLOW).await?;
+    full_cluster::clear(cluster).await
 }
 
 /// One to two minutes from now.

@@ -4,7 +4,8 @@
 
 pub mod agent;
 mod clock;
-mod fleet;
+pub mod fleet;
 pub mod freeze;
+mod full_cluster;
 pub mod restore;
 mod usage;

@@ -72,6 +72,7 @@ pub async fn make(harness: &Harness) -> Result<(Images, Vec<Archive>)> {
         &["sts-backup-agent", "--features=failpoints"],
     )
     .await?;
+    build_ours(harness, "simulated agents", "simulated-agents", &["sts-backup-e2e"]).await?;
     let hub_program = build_ours(harness, "hub", "sts-backup-hub", &["sts-backup-hub"]).await?;
 
     let sidecars = ["csi-provisioner", "csi-snapshotter", "snapshot-controller"];
@@ -105,6 +106,19 @@ pub async fn make(harness: &Harness) -> Result<(Images, Vec<Archive>)> {
     };
     std::fs::write(Images::file(&harness.paths), serde_json::to_vec_pretty(&images)?)?;
     Ok((images, vec![postgres, redis, shell, csi_driver, csi_sidecars, csi_sanity, agent, hub]))
+}
+
+/// Builds the hub and the simulated agents alone: where they are.
+///
+/// # Errors
+/// When they do not build.
+pub async fn make_fleet(harness: &Harness) -> Result<(PathBuf, PathBuf)> {
+    let how =
+        |package: &'static str| if harness.release { vec![package, "--release"] } else { vec![package] };
+    let hub = build_ours(harness, "hub", "sts-backup-hub", &how("sts-backup-hub")).await?;
+    let simulated =
+        build_ours(harness, "simulated agents", "simulated-agents", &how("sts-backup-e2e")).await?;
+    Ok((hub, simulated))
 }
 
 /// Makes the agent's image alone.

@@ -41,8 +41,9 @@ pub struct Hub {
     node_port: u16,
 }
 
-async fn pki(arguments: &[&str]) -> Result<String> {
-    let mut command = Command::new(Paths::find()?.program("sts-backup-hub"));
+/// What the hub's program prints when it makes certificates.
+pub(super) async fn pki(program: &Path, arguments: &[&str]) -> Result<String> {
+    let mut command = Command::new(program);
     let output = command.arg("pki").args(arguments).output().await.context("start the hub's program")?;
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     ensure!(output.status.success(), "pki {}: {said}", arguments.join(" "));
@@ -76,8 +77,9 @@ impl Hub {
         let addresses = node.status.and_then(|status| status.addresses).unwrap_or_default();
         let address = addresses.into_iter().find(|address| address.type_ == "InternalIP");
         let address = address.context("a node has an address")?.address;
-        pki(&["init", "--dir", &at("ca"), "--trust-domain", TRUST_DOMAIN]).await?;
-        pki(&["issue", "--authority", &at("ca"), "--dir", &at("hub"), "--hub", &address]).await?;
+        let program = Paths::find()?.program("sts-backup-hub");
+        pki(&program, &["init", "--dir", &at("ca"), "--trust-domain", TRUST_DOMAIN]).await?;
+        pki(&program, &["issue", "--authority", &at("ca"), "--dir", &at("hub"), "--hub", &address]).await?;
         write_secret(ns.cluster(), ns.name(), "hub-tls", &files.path().join("hub")).await?;
         let hub = Self { ns: ns.clone(), files, address, node_port };
         hub.upgrade(policies).await?;
@@ -116,6 +118,12 @@ impl Hub {
         self.ns.api()
     }
 
+    /// The address of the node that agents reach it at.
+    #[must_use]
+    pub fn address(&self) -> &str {
+        &self.address
+    }
+
     /// What an agent's configuration says of it.
     #[must_use]
     pub fn link(&self) -> String {
@@ -138,7 +146,8 @@ impl Hub {
         let added: Value = serde_json::from_str(&self.run(&command).await?)?;
         let id = added["id"].as_str().context("a cluster has an id")?;
         let at = |name: &str| self.files.path().join(name).to_string_lossy().into_owned();
-        pki(&["issue", "--authority", &at("ca"), "--dir", &at(name), "--cluster", id]).await?;
+        let program = Paths::find()?.program("sts-backup-hub");
+        pki(&program, &["issue", "--authority", &at("ca"), "--dir", &at(name), "--cluster", id]).await?;
         write_secret(cluster, namespace, LINK_SECRET, &self.files.path().join(name)).await?;
         Ok(id.to_owned())
     }

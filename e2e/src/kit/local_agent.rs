@@ -39,6 +39,7 @@ pub struct LocalAgentConfig {
     ns: Namespace,
     identity: String,
     kubeconfig: PathBuf,
+    file: Option<PathBuf>,
     environment: Vec<(String, String)>,
 }
 
@@ -47,13 +48,25 @@ impl LocalAgentConfig {
     #[must_use]
     pub fn new(ns: &Namespace, identity: &str) -> Self {
         let kubeconfig = ns.cluster().kubeconfig().to_owned();
-        Self { ns: ns.clone(), identity: identity.to_owned(), kubeconfig, environment: Vec::new() }
+        Self {
+            ns: ns.clone(),
+            identity: identity.to_owned(),
+            kubeconfig,
+            file: None,
+            environment: Vec::new(),
+        }
     }
 
     /// Reaches the API server by another kubeconfig, such as a proxy's.
     #[must_use]
     pub fn kubeconfig(self, kubeconfig: &Path) -> Self {
         Self { kubeconfig: kubeconfig.to_owned(), ..self }
+    }
+
+    /// Gives it a configuration file.
+    #[must_use]
+    pub fn config(self, file: &Path) -> Self {
+        Self { file: Some(file.to_owned()), ..self }
     }
 
     /// Sets a configuration key as the environment names it, such as `STSB_LEASE__DURATION_SECONDS`.
@@ -107,7 +120,7 @@ impl LocalAgent {
     /// # Errors
     /// When it ends before that or does not answer; the text ends with its last words.
     pub async fn start(config: &LocalAgentConfig) -> Result<Self> {
-        let LocalAgentConfig { ns, identity, kubeconfig, environment } = config;
+        let LocalAgentConfig { ns, identity, kubeconfig, file, environment } = config;
         let dir = log_dir(ns.cluster(), ns.name())?;
         std::fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
         let log = dir.join(format!("{identity}.log"));
@@ -120,6 +133,7 @@ impl LocalAgent {
         // It must not outlive a test that is killed: it would go on in the cluster, with nobody to be alone with.
         let mut command = Command::new("setpriv");
         command.arg("--pdeathsig=KILL").arg(Paths::find()?.program("sts-backup-agent")).arg("run");
+        command.args(file.iter().flat_map(|file| ["--config".as_ref(), file.as_os_str()]));
         command.env("KUBECONFIG", kubeconfig);
         command.env("STSB_LISTEN", address.to_string());
         command.env("STSB_NAMESPACE", ns.name()).env("STSB_IDENTITY", identity);

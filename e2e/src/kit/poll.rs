@@ -15,14 +15,26 @@ const PAUSE: Duration = Duration::from_millis(200);
 /// # Errors
 /// The question's own error, at once, or that the answer was no for half a minute.
 pub async fn until(what: &str, question: impl AsyncFn() -> Result<bool>) -> Result<()> {
+    until_within(TIMEOUT, what, question).await
+}
+
+/// Asks until the answer is yes, for what takes longer.
+///
+/// # Errors
+/// The question's own error, at once, or that the answer was no for so long.
+pub async fn until_within(
+    limit: Duration,
+    what: &str,
+    question: impl AsyncFn() -> Result<bool>,
+) -> Result<()> {
     let answered = async {
         while !question().await? {
             tokio::time::sleep(PAUSE).await;
         }
         Ok(())
     };
-    match tokio::time::timeout(TIMEOUT, answered).await {
+    match tokio::time::timeout(limit, answered).await {
         Ok(result) => result,
-        Err(_elapsed) => bail!("{what}: not within {TIMEOUT:?}"),
+        Err(_elapsed) => bail!("{what}: not within {limit:?}"),
     }
 }
