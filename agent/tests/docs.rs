@@ -48,10 +48,13 @@ fn read(path: &str) -> String {
     fs::read_to_string(repository().join(path)).unwrap_or_else(|err| format!("{path}: {err}"))
 }
 
+/// Those of both charts: the agent's, then the hub's.
 fn alerts() -> Vec<Alert> {
-    let rules: Rules =
-        serde_saphyr::from_str(&read("charts/sts-backup-agent/files/alerts.yaml")).expect("rules");
-    rules.groups.into_iter().flat_map(|group| group.rules).collect()
+    let rules = ["agent", "hub"].map(|part| {
+        let rules = read(&format!("charts/sts-backup-{part}/files/alerts.yaml"));
+        serde_saphyr::from_str::<Rules>(&rules).expect("rules")
+    });
+    rules.into_iter().flat_map(|rules| rules.groups).flat_map(|group| group.rules).collect()
 }
 
 /// The first column of all tables of a page, without its backticks.
@@ -104,7 +107,8 @@ fn alerts_speak_of_metrics_that_the_docs_list() {
         "time",
         "unless",
     ];
-    let listed = first_column(&read("docs/metrics.md"));
+    let mut listed = first_column(&read("docs/metrics.md"));
+    listed.extend(first_column(&read("docs/fleet.md")));
     let is_word = |letter: char| letter.is_ascii_alphanumeric() || letter == '_' || letter == ':';
     for Alert { name: alert, expr, .. } in alerts() {
         let words = expr.split(|letter| !is_word(letter));
@@ -115,7 +119,7 @@ fn alerts_speak_of_metrics_that_the_docs_list() {
         for metric in metrics {
             assert!(
                 listed.contains(metric),
-                "{alert} speaks of {metric}, which docs/metrics.md does not list"
+                "{alert} speaks of {metric}, which neither docs/metrics.md nor docs/fleet.md lists"
             );
         }
     }
