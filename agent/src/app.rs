@@ -9,8 +9,10 @@ use std::time::Duration;
 use kube::{Client, Config as ClusterConfig};
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::DescriptorEncoder;
+use sts_backup_api::report::CoverageReport;
 use sts_backup_service::http::{Health, Metrics, ServeError, Server, encode_gauge};
 use sts_backup_service::telemetry::chain;
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
@@ -142,6 +144,8 @@ pub struct Context {
     pub metrics: Metrics,
     /// Which backup or restore has which `StatefulSet` in hand.
     pub(crate) occupancy: Arc<Occupancy>,
+    /// What of the cluster is protected; none: not everything is known yet.
+    pub(crate) coverage: watch::Sender<Option<CoverageReport>>,
 }
 
 /// Runs the agent until it is asked to end.
@@ -251,6 +255,7 @@ impl App {
             config,
             metrics,
             occupancy: Arc::new(Occupancy::new()),
+            coverage: watch::Sender::default(),
         };
         let stop = CancellationToken::new();
         let mut controllers = JoinSet::new();

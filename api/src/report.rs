@@ -20,6 +20,8 @@ pub const BACKUP: &str = "StatefulSetBackup";
 pub const RESTORE: &str = "StatefulSetRestore";
 /// Kind of policies.
 pub const POLICY: &str = "StatefulSetBackupPolicy";
+/// What stands for the cluster as a whole: no object of it, without a namespace, and named as this.
+pub const COVERAGE: &str = "Coverage";
 
 /// A condition's newest word.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -44,10 +46,10 @@ impl Verdict {
     }
 }
 
-/// A backup.
+/// A backup. Whoever reads many of them may take their runs for what it likes.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
-pub struct BackupReport {
+pub struct BackupReport<Run = RunReport> {
     /// Its uid.
     pub uid: String,
     /// When it was created.
@@ -75,7 +77,7 @@ pub struct BackupReport {
     /// A run is under way.
     pub running: bool,
     /// What has ended, as long as the object remembers it.
-    pub runs: Vec<RunReport>,
+    pub runs: Vec<Run>,
 }
 
 /// A run that has ended.
@@ -238,4 +240,16 @@ impl PolicyReport {
             first_overdue: status.first_overdue,
         }
     }
+}
+
+/// What of a cluster is protected, by policies or otherwise.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct CoverageReport {
+    /// How many `StatefulSets` with claims there are, but for those that are excluded.
+    pub stateful_sets: usize,
+    /// How many of them no backup names, or only ones that are suspended or have no schedule.
+    pub unprotected: usize,
+    /// Some of these, as namespace/name.
+    pub first_unprotected: Vec<String>,
 }

@@ -209,7 +209,7 @@ async fn list_clusters(State(fleet): Hub) -> Json<Vec<ClusterAnswer>> {
 }
 
 async fn show_cluster(State(fleet): Hub, Path(name): Path<String>) -> Answer<ClusterDetail> {
-    Ok(Json(answers::cluster_detail(&*fleet.named(&name)?)))
+    Ok(Json(answers::cluster_detail(&fleet, &name).await?))
 }
 
 async fn add_cluster(State(fleet): Hub, Json(new): Json<NewCluster>) -> Answer<ClusterAnswer> {

@@ -66,7 +66,7 @@ const OTHERS_BEGIN: Duration = Duration::from_millis(500);
 
 /// Backs up until `stop` is cancelled, then thaws what is frozen, and returns.
 pub(crate) async fn run(app: app::Context, stop: CancellationToken) {
-    let app::Context { client, exec_client, leadership, config, metrics, occupancy } = app;
+    let app::Context { client, exec_client, leadership, config, metrics, occupancy, coverage: _ } = app;
     let (wake, woken) = mpsc::unbounded_channel();
     let backups: Api<StatefulSetBackup> = Api::all(client.clone());
     let (controller, store) = watched(backups.clone(), keep);

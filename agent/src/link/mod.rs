@@ -40,7 +40,8 @@ pub(crate) async fn run(cx: app::Context, stop: CancellationToken) {
     metrics.register(&cx.metrics);
     let reports = Arc::new(Reports::default());
     let applier = Arc::new(Applier::new(&cx, link.guardrails.clone()));
-    let observing = report::observe(cx.client.clone(), Arc::clone(&reports), Arc::clone(&applier));
+    let coverage = cx.coverage.subscribe();
+    let observing = report::observe(cx.client.clone(), coverage, Arc::clone(&reports), Arc::clone(&applier));
     let session = Session::new(&cx, link, reports, applier, metrics);
     tokio::select! {
         biased;

@@ -18,9 +18,9 @@ use sts_backup_api::backup::StatefulSetBackup;
 use sts_backup_api::link::{Object, ObjectKey, Status, body_hash, state_hash};
 use sts_backup_api::names::FROM_POLICY_LABEL;
 use sts_backup_api::policy::StatefulSetBackupPolicy;
-use sts_backup_api::report::{BACKUP, BackupReport, PolicyReport, RestoreReport};
+use sts_backup_api::report::{BACKUP, BackupReport, COVERAGE, CoverageReport, PolicyReport, RestoreReport};
 use sts_backup_api::restore::StatefulSetRestore;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 
 use super::apply::{Applier, is_from_hub};
 
@@ -62,8 +62,8 @@ impl Inner {
     }
 }
 
-/// How many kinds there are.
-const KINDS: usize = 3;
+/// How many kinds there are, that of the cluster as a whole among them.
+const KINDS: usize = 4;
 
 impl Reports {
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -205,7 +205,12 @@ fn body(report: &impl Serialize) -> Vec<u8> {
 }
 
 /// Watches what there is to tell, for as long as it is polled.
-pub(super) async fn observe(client: Client, reports: Arc<Reports>, applier: Arc<Applier>) {
+pub(super) async fn observe(
+    client: Client,
+    mut coverage: watch::Receiver<Option<CoverageReport>>,
+    reports: Arc<Reports>,
+    applier: Arc<Applier>,
+) {
     let (reports, applier) = (&*reports, &*applier);
     let backups = follow(Api::<StatefulSetBackup>::all(client.clone()), reports, |event| {
         if let Seen::There(backup) = &event {
@@ -235,7 +240,20 @@ pub(super) async fn observe(client: Client, reports: Arc<Reports>, applier: Arc<
             Box::pin(async move { applier.lost(&policy).await })
         }
     });
-    tokio::join!(backups, restores, policies);
+    let coverage = async {
+        loop {
+            if let Some(known) = &*coverage.borrow_and_update() {
+                let key = (COVERAGE.to_owned(), String::new(), COVERAGE.to_owned());
+                reports.tell(key.clone(), Some(body(known)));
+                reports.listed(COVERAGE, &BTreeSet::from([key]));
+            }
+            if coverage.changed().await.is_err() {
+                // The controllers end, and this with them.
+                return;
+            }
+        }
+    };
+    tokio::join!(backups, restores, policies, coverage);
 }
 
 enum Seen<K> {
@@ -279,7 +297,7 @@ mod tests {
 
     fn known() -> Reports {
         let reports = Reports::default();
-        for kind in ["StatefulSetRestore", "StatefulSetBackupPolicy"] {
+        for kind in ["StatefulSetRestore", "StatefulSetBackupPolicy", COVERAGE] {
             reports.listed(kind, &BTreeSet::new());
         }
         reports
@@ -344,7 +362,8 @@ mod tests {
     #[test]
     fn the_backups_of_a_policy_have_its_rpo_whichever_is_seen_first() {
         let reports = known();
-        let backup = BackupReport { policy: Some("gold".to_owned()), ..BackupReport::default() };
+        let backup: BackupReport =
+            BackupReport { policy: Some("gold".to_owned()), ..BackupReport::default() };
         reports.tell(key("a"), Some(body(&backup)));
         reports.listed("StatefulSetBackup", &BTreeSet::from([key("a")]));
         reports.tell_all();

@@ -21,8 +21,9 @@ use jiff::Timestamp;
 use kube::runtime::events::Reporter;
 use kube::{Client, Resource};
 use sts_backup_api::names::FIELD_MANAGER;
+use sts_backup_api::report::CoverageReport;
 use sts_backup_service::{clock, telemetry};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -31,7 +32,7 @@ use tracing::{debug, info, warn};
 use self::decide::{PolicyPlan, Step, next_policy_steps};
 use self::observe::{Key, Stores};
 use self::perform::Outcome;
-use self::status::{Results, change_notes, idle_note, next_status, write_notes};
+use self::status::{Results, change_notes, cluster_coverage, idle_note, next_status, write_notes};
 use crate::app;
 use crate::error::Result;
 use crate::events::{self, Note};
@@ -51,7 +52,7 @@ const UNCHANGED_RETRY: Duration = Duration::from_mins(5);
 
 /// Keeps backups as policies want them, until `stop` is cancelled.
 pub(crate) async fn run(app: app::Context, stop: CancellationToken) {
-    let app::Context { client, exec_client, leadership, config, metrics, occupancy: _ } = app;
+    let app::Context { client, exec_client, leadership, config, metrics, occupancy: _, coverage } = app;
     let changed = Arc::new(Notify::new());
     // They end with this function.
     let mut watches = JoinSet::new();
@@ -64,6 +65,7 @@ pub(crate) async fn run(app: app::Context, stop: CancellationToken) {
         leadership,
         concurrency: usize::from(config.concurrent_reconciles),
         stores,
+        coverage,
         failures: HashMap::new(),
     };
     info!("policy controller started");
@@ -79,6 +81,8 @@ struct Controller {
     reporter: Reporter,
     concurrency: usize,
     stores: Stores,
+    /// For whoever wants to know of the cluster as a whole.
+    coverage: watch::Sender<Option<CoverageReport>>,
     failures: HashMap<Key, Failure>,
 }
 
@@ -119,6 +123,12 @@ impl Controller {
             return None;
         }
         let (world, now) = (self.stores.observe(), clock::now());
+        self.coverage.send_if_modified(|known| {
+            let seen = Some(cluster_coverage(&world, now));
+            let is_new = *known != seen;
+            *known = seen;
+            is_new
+        });
         let plans = next_policy_steps(&world, now);
         let results = self.write(&plans).await;
         let mut said = true;

@@ -6,13 +6,14 @@ use jiff::Timestamp;
 use sts_backup_api::conditions::{
     self, APPLIED, HOOK_PROFILE_NOT_FOUND, INVALID_SCHEDULE, INVALID_SELECTOR, NAME_TAKEN, READY, WAITING,
 };
-use sts_backup_api::coverage::SetName;
+use sts_backup_api::coverage::{SetName, coverage};
 use sts_backup_api::policy::{
     MAX_LISTED_CONFLICTS, MAX_LISTED_NAMES, PolicyConflict, StatefulSetBackupPolicyStatus,
 };
+use sts_backup_api::report::CoverageReport;
 
 use super::decide::{PolicyPlan, Selected, Step, Verdict};
-use super::observe::Key;
+use super::observe::{Key, World};
 use crate::events::Note;
 
 /// A reason: the API server did not do what it was asked.
@@ -92,6 +93,17 @@ pub(super) fn next_status(
     }
     set(APPLIED, is_applied, reason, &message);
     status
+}
+
+/// What of the cluster is protected, whatever policies select.
+pub(super) fn cluster_coverage(world: &World, now: Timestamp) -> CoverageReport {
+    // Without an RPO nothing depends on the time.
+    let found = coverage(world.protectees(), world.protections(), None, now);
+    CoverageReport {
+        stateful_sets: found.sets,
+        unprotected: found.unprotected.len(),
+        first_unprotected: first(&found.unprotected),
+    }
 }
 
 fn is_protected(selected: &Selected<'_>, written: &BTreeSet<&Key>) -> bool {

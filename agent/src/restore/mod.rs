@@ -70,7 +70,7 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 
 /// Restores until `stop` is cancelled; who leads next goes on.
 pub(crate) async fn run(app: app::Context, stop: CancellationToken) {
-    let app::Context { client, exec_client, leadership, config, metrics, occupancy } = app;
+    let app::Context { client, exec_client, leadership, config, metrics, occupancy, coverage: _ } = app;
     let (wake, woken) = mpsc::unbounded_channel();
     let restores: Api<StatefulSetRestore> = Api::all(client.clone());
     let (controller, store) = watched(restores.clone(), keep);

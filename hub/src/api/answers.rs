@@ -5,7 +5,9 @@ use std::collections::BTreeMap;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use sts_backup_api::report::{BACKUP, BackupReport, POLICY, PolicyReport, RESTORE, RestoreReport, RunReport};
+use sts_backup_api::report::{
+    BACKUP, BackupReport, COVERAGE, CoverageReport, RESTORE, RestoreReport, RunReport,
+};
 
 use super::BackupQuery;
 use crate::fleet::{AgentInfo, AppliedInfo, Cluster, Fleet, FleetError};
@@ -42,10 +44,8 @@ pub struct ClusterSummary {
     pub overdue: usize,
     /// How many of them failed the last time.
     pub failed: usize,
-    /// How many `StatefulSets` its policies select, and how many of them are protected.
-    pub matched: i64,
-    /// See there.
-    pub protected: i64,
+    /// What of its `StatefulSets` is protected; none: its agent has not told yet.
+    pub coverage: Option<CoverageReport>,
     /// How many restores are under way.
     pub restoring: usize,
 }
@@ -85,6 +85,8 @@ pub struct ClusterDetail {
     pub cluster: ClusterAnswer,
     /// The specs of its policies, by name.
     pub policies: BTreeMap<String, Value>,
+    /// What of its `StatefulSets` is protected; none: its agent has not told yet.
+    pub coverage: Option<CoverageReport>,
 }
 
 /// A cluster that is added.
@@ -200,10 +202,14 @@ pub(super) fn cluster(cluster: &Cluster) -> ClusterAnswer {
     }
 }
 
-pub(super) fn cluster_detail(of: &Cluster) -> ClusterDetail {
+pub(super) async fn cluster_detail(fleet: &Fleet, name: &str) -> Result<ClusterDetail, FleetError> {
+    let of = fleet.named(name)?;
     let placed = of.state().placed.into_iter();
     let policies = placed.filter_map(|(name, body)| Some((name, spec(&body?.json)))).collect();
-    ClusterDetail { cluster: cluster(of), policies }
+    let all = fleet.store.objects(COVERAGE).await?;
+    let id = of.id.to_string();
+    let coverage = all.iter().find(|(cluster, _)| *cluster == id).map(|(_, object)| report(object));
+    Ok(ClusterDetail { cluster: cluster(&of), policies, coverage })
 }
 
 fn spec(json: &[u8]) -> Value {
@@ -225,8 +231,8 @@ pub(super) async fn fleet(fleet: &Fleet, now: Timestamp) -> Result<FleetAnswer, 
         .values()
         .map(|found| {
             let cluster = cluster(found);
-            let (backups, overdue, failed, matched, protected, restoring) = (0, 0, 0, 0, 0, 0);
-            let summary = ClusterSummary { cluster, backups, overdue, failed, matched, protected, restoring };
+            let (backups, overdue, failed, coverage, restoring) = (0, 0, 0, None, 0);
+            let summary = ClusterSummary { cluster, backups, overdue, failed, coverage, restoring };
             (found.id.to_string(), summary)
         })
         .collect();
@@ -237,11 +243,9 @@ pub(super) async fn fleet(fleet: &Fleet, now: Timestamp) -> Result<FleetAnswer, 
         summary.overdue += usize::from(backup.is_overdue(now));
         summary.failed += usize::from(backup.has_failed());
     }
-    for (id, object) in fleet.store.objects(POLICY).await? {
+    for (id, object) in fleet.store.objects(COVERAGE).await? {
         let Some(summary) = clusters.get_mut(&id) else { continue };
-        let policy: PolicyReport = report(&object);
-        summary.matched += policy.matched;
-        summary.protected += policy.protected;
+        summary.coverage = Some(report(&object));
     }
     for (id, object) in fleet.store.objects(RESTORE).await? {
         let Some(summary) = clusters.get_mut(&id) else { continue };

@@ -8,6 +8,7 @@ use crate::pki::{Authority, Holder};
 use crate::policies::PolicySet;
 use crate::store::{ObjectKey, ObjectRow, Report, Store};
 use clap::Parser;
+use sts_backup_api::report::COVERAGE;
 
 #[derive(Debug, Parser)]
 struct ClustersLine {
@@ -160,6 +161,22 @@ async fn backups_are_told_by_what_is_wrong_with_them() {
     let status = json(&hub.fleet(&["status"]).await.unwrap());
     let one = &status["clusters"][0];
     assert_eq!((&one["backups"], &one["overdue"], &one["failed"]), (&json!(4), &json!(1), &json!(1)));
+}
+
+#[tokio::test]
+async fn a_cluster_shows_what_nothing_protects() {
+    let hub = Hub::start(false).await;
+    hub.clusters(&["add", "prod"]).await.unwrap();
+    let shown = async || json(&hub.clusters(&["show", "prod"]).await.unwrap())["coverage"].clone();
+    assert!(shown().await.is_null(), "its agent has not told yet");
+    let coverage = json!({ "statefulSets": 12, "unprotected": 2, "firstUnprotected": ["shop/db", "shop/q"] });
+    let key = ObjectKey { kind: COVERAGE.to_owned(), namespace: String::new(), name: COVERAGE.to_owned() };
+    let object = ObjectRow { key, body: coverage.to_string(), hash: vec![1] };
+    let id = hub.fleet.named("prod").unwrap().id;
+    hub.fleet.store.report(id, Report { objects: vec![object], ..Report::default() }).await.unwrap();
+    assert_eq!(shown().await, coverage);
+    let status = json(&hub.fleet(&["status"]).await.unwrap());
+    assert_eq!(status["clusters"][0]["coverage"], coverage);
 }
 
 #[tokio::test]

@@ -3,6 +3,7 @@
 use std::fmt::Write as _;
 
 use jiff::Timestamp;
+use sts_backup_api::report::CoverageReport;
 use sts_backup_service::clock;
 use sts_backup_service::table::{age, second, span, table};
 
@@ -46,6 +47,11 @@ fn policies_of(cluster: &ClusterAnswer) -> String {
     }
 }
 
+/// How many `StatefulSets` of all that there are.
+fn protected_of(CoverageReport { stateful_sets, unprotected, .. }: &CoverageReport) -> String {
+    format!("{}/{stateful_sets}", stateful_sets.saturating_sub(*unprotected))
+}
+
 pub(super) fn clusters(clusters: &[ClusterAnswer]) -> String {
     rows(&["NAME", "STATE", "FOR", "AGENT", "POLICIES", "LABELS", "ID"], clusters, |cluster| {
         let labels: Vec<_> = cluster.labels.iter().map(|(key, value)| format!("{key}={value}")).collect();
@@ -69,6 +75,16 @@ pub(super) fn cluster(detail: &ClusterDetail) -> String {
     }
     if detail.cluster.flapping {
         said += "\nSeveral agents connect as this cluster: revoke it, and issue new certificates.\n";
+    }
+    if let Some(coverage) = &detail.coverage {
+        let _ = writeln!(said, "\n{} StatefulSets are protected", protected_of(coverage));
+        let named = coverage.first_unprotected.len();
+        for set in &coverage.first_unprotected {
+            let _ = writeln!(said, "  unprotected: {set}");
+        }
+        if coverage.unprotected > named {
+            let _ = writeln!(said, "  and {} more", coverage.unprotected - named);
+        }
     }
     said += "\n";
     let names: Vec<_> = detail.policies.keys().collect();
@@ -96,7 +112,7 @@ pub(super) fn fleet(fleet: &FleetAnswer) -> String {
             one.cluster.state.clone(),
             ago(one.cluster.since),
             policies_of(&one.cluster),
-            format!("{}/{}", one.protected, one.matched),
+            one.coverage.as_ref().map_or_else(|| "-".to_owned(), protected_of),
             one.backups.to_string(),
             one.overdue.to_string(),
             one.failed.to_string(),
