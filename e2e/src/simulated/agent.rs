@@ -5,14 +5,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Result, bail, ensure};
-use jiff::SignedDuration;
 use rand::Rng;
+use serde_json::value::RawValue;
 use sts_backup_api::link::fleet_client::FleetClient;
 use sts_backup_api::link::{
     AgentMessage, Applied, Have, Heartbeat, Hello, HubMessage, Object, ObjectKey, PROTOCOL, Status,
     agent_message, applied::Outcome, body_hash, hub_message, reconnect_pause, state_hash,
 };
-use sts_backup_api::report::{BACKUP, BackupReport, RunReport};
+use sts_backup_api::report::{BACKUP, BackupReport};
 use sts_backup_service::clock;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{sleep, sleep_until, timeout};
@@ -28,9 +28,6 @@ const PING_EVERY: Duration = Duration::from_secs(30);
 const PING_TIMEOUT: Duration = Duration::from_secs(20);
 const STREAM_WINDOW: u32 = 64 << 10;
 const CONNECTION_WINDOW: u32 = 128 << 10;
-
-/// A backup remembers so many runs; as many as the API's default.
-const RUNS: usize = 10;
 
 /// Objects of one message.
 const OBJECTS: usize = 100;
@@ -68,8 +65,8 @@ impl Agent {
             let pause = match self.connection().await {
                 Ok(Ended::ComeAgain(pause)) => pause.mul_f64(rand::rng().random_range(0.5..1.5)),
                 Ok(Ended::Lost) => {
-                    failures = 0;
-                    self.spread.mul_f64(rand::random())
+                    failures = 1;
+                    reconnect_pause(0, rand::random()) + self.spread.mul_f64(rand::random())
                 }
                 Err(error) => {
                     tracing::debug!(number = self.number, error = format!("{error:#}"), "no connection");
@@ -95,8 +92,8 @@ impl Agent {
         let channel = timeout(CONNECT, endpoint.connect()).await??;
         let (outgoing, sent) = mpsc::channel(8);
         let mut wanted = self.crowd.wanted();
-        let begun = *wanted.borrow_and_update();
-        outgoing.send(message(agent_message::Message::Hello(self.hello(begun)))).await?;
+        let begun = wanted.borrow_and_update().clone();
+        outgoing.send(message(agent_message::Message::Hello(self.hello(&begun)))).await?;
         let mut client = FleetClient::new(channel);
         let mut incoming = timeout(CONNECT, client.session(ReceiverStream::new(sent))).await??.into_inner();
         let welcome = match timeout(CONNECT, incoming.message()).await??.and_then(|said| said.message) {
@@ -116,7 +113,7 @@ impl Agent {
         if welcome.want_full {
             reports.is_full = true;
         } else {
-            reports.told = begun.objects;
+            reports.told = reports.of.objects;
         }
         match self.speak(&outgoing, &mut incoming, heartbeat, wanted, reports).await {
             Ok(ended) => Ok(ended),
@@ -128,7 +125,7 @@ impl Agent {
     }
 
     /// Of what it has to report.
-    fn state_hash(&self, wanted: Wanted) -> Vec<u8> {
+    fn state_hash(&self, wanted: &Wanted) -> Vec<u8> {
         let objects = (0..wanted.objects).map(|at| backup(self.number, at, wanted));
         let hashed = objects.map(|object| (object.key.unwrap_or_default(), body_hash(&object.body)));
         let mut objects: Vec<_> = hashed.collect();
@@ -136,7 +133,7 @@ impl Agent {
         state_hash(objects.iter().map(|(key, hash)| ([&*key.kind, &*key.namespace, &*key.name], &**hash)))
     }
 
-    fn hello(&self, wanted: Wanted) -> Hello {
+    fn hello(&self, wanted: &Wanted) -> Hello {
         let have = self.have.iter().map(|(name, hash)| Have { name: name.clone(), hash: hash.clone() });
         Hello {
             protocol: PROTOCOL,
@@ -186,22 +183,21 @@ impl Agent {
                     Some(hub_message::Message::StatusAck(_)) => {
                         is_under_way = false;
                         if reports.is_done() {
-                            self.crowd.reported(self.number, reports.of);
+                            self.crowd.reported(self.number, reports.of.round);
                         }
                     }
                     Some(hub_message::Message::RetryLater(later)) => {
                         return Ok(Ended::ComeAgain(Duration::from_millis(later.retry_after_ms.into())));
                     }
-                    Some(
-                        hub_message::Message::Welcome(_)
-                        | hub_message::Message::Heartbeat(_)
-                        | hub_message::Message::WantFull(_),
-                    ) => {}
+                    Some(hub_message::Message::WantFull(_)) => {
+                        reports = Reports { is_full: true, ..Reports::of(self.number, reports.of.clone()) };
+                    }
+                    Some(hub_message::Message::Welcome(_) | hub_message::Message::Heartbeat(_)) => {}
                     None => bail!("the hub has closed the connection"),
                 },
                 changed = wanted.changed() => {
                     changed?;
-                    reports = Reports::of(self.number, *wanted.borrow_and_update());
+                    reports = Reports::of(self.number, wanted.borrow_and_update().clone());
                 }
                 () = sleep_until(beat_at) => {
                     beat_at = clock::monotonic() + jittered(heartbeat);
@@ -246,7 +242,7 @@ impl Reports {
             return None;
         }
         let until = (self.told + OBJECTS).min(self.of.objects);
-        let objects = (self.told..until).map(|at| backup(self.number, at, self.of)).collect();
+        let objects = (self.told..until).map(|at| backup(self.number, at, &self.of)).collect();
         self.sequence += 1;
         self.told = until;
         Some(Status {
@@ -260,32 +256,17 @@ impl Reports {
 }
 
 /// A backup after one more run than in the round before.
-fn backup(agent: usize, at: usize, Wanted { round, since, .. }: Wanted) -> Object {
-    let day = |number: u64| {
-        let days = i64::try_from(number).unwrap_or(0);
-        since + SignedDuration::from_hours(24 * days)
-    };
-    let run = |number: u64| RunReport {
-        id: format!("{}", day(number).strftime("%Y%m%d-%H%M%S")),
-        started: day(number),
-        duration_ms: 4200,
-        freeze_ms: Some(310),
-        result: "Completed".to_owned(),
-        reason: "Completed".to_owned(),
-        message: "3 of 3 volumes".to_owned(),
-    };
-    let last = RUNS as u64 + round;
-    let report = BackupReport {
+fn backup(agent: usize, at: usize, wanted: &Wanted) -> Object {
+    let report = BackupReport::<Option<&RawValue>> {
         uid: format!("{agent:08}-0000-4000-8000-{at:012}"),
-        created: Some(day(0)),
+        created: Some(wanted.since),
         stateful_set: format!("shop/database-{at}"),
         policy: Some("gold".to_owned()),
         schedule: Some("0 2 * * *".to_owned()),
         rpo_seconds: Some(90_000),
-        last_success: Some(day(last)),
-        next: Some(day(last + 1)),
+        last_success: Some(wanted.last_run()),
         points: 7,
-        runs: (last - RUNS as u64..last).map(run).collect(),
+        runs: wanted.runs.iter().map(|run| Some(&**run)).collect(),
         ..BackupReport::default()
     };
     let key =

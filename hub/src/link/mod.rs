@@ -1,10 +1,11 @@
 //! The hub's end of the link: agents connect, and each gets a session.
 //!
-//! [`acceptor`] takes connections, [`peer`] says whose they are, [`session`] speaks with an agent. What is said is decided in
+//! [`acceptor`] takes connections, [`peer`] says whose they are, [`session`] speaks with an agent, [`report`] takes apart what it reports. What is said is decided in
 //! [`fleet`](crate::fleet).
 
 mod acceptor;
 pub mod peer;
+mod report;
 mod session;
 #[cfg(test)]
 mod tests;

@@ -2,19 +2,16 @@
 //!
 //! One `Desired` is under way at a time; what is newest counts when that is answered.
 
-use std::collections::{BTreeMap, BTreeSet, HashSet};
-use std::hash::{DefaultHasher, Hash, Hasher};
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use futures::Stream;
-use jiff::Timestamp;
 use sts_backup_api::link::{
-    AgentMessage, Applied, Desired, Heartbeat, Hello, HubMessage, Object, PROTOCOL, RetryLater, StatusAck,
-    WantFull, Welcome, agent_message, applied::Outcome, body_hash, hub_message,
+    AgentMessage, Applied, Desired, Heartbeat, Hello, HubMessage, PROTOCOL, RetryLater, StatusAck, WantFull,
+    Welcome, agent_message, applied::Outcome, hub_message,
 };
-use sts_backup_api::report::{BACKUP, BackupReport, RESTORE, RestoreReport};
 use sts_backup_service::clock;
 use sts_backup_service::telemetry::chain;
 use tokio::sync::{mpsc, watch};
@@ -23,9 +20,10 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Status, Streaming};
 use tracing::{Instrument, info, info_span, warn};
 
+use super::report::Written;
 use crate::fleet::place::Known;
 use crate::fleet::{Cluster, End, Fleet};
-use crate::store::{HistoryRow, ObjectKey, ObjectRow, Report};
+use crate::store::ObjectKey;
 
 /// How long an agent may take to say who it is.
 const HELLO: Duration = Duration::from_secs(10);
@@ -38,9 +36,6 @@ const MISSED: u32 = 3;
 
 /// Agents come again within this time after the hub said that it ends.
 const COME_AGAIN_MS: u32 = 5000;
-
-/// How much of the history that it has written a session remembers.
-const REMEMBERED: usize = 10_000;
 
 /// Messages that wait for an agent.
 const OUTGOING: usize = 4;
@@ -108,7 +103,7 @@ async fn run(
         },
         under_way: None,
         is_held: None,
-        written: HashSet::new(),
+        written: Written::default(),
         kept: None,
     };
     let ended = async {
@@ -158,8 +153,7 @@ struct Session<'a> {
     under_way: Option<(Desired, Instant)>,
     /// The revision that the agent holds back, and whether it was confirmed as it was sent.
     is_held: Option<(u64, bool)>,
-    /// Hashes of the history that it has written.
-    written: HashSet<u64>,
+    written: Written,
     /// What was reported since the agent began to report all.
     kept: Option<BTreeSet<ObjectKey>>,
 }
@@ -242,8 +236,7 @@ impl Session<'_> {
                 }
                 // The others wait with what they have sent, and that is little.
                 let _turn = self.fleet.reporting.acquire().await;
-                let mut report = report(status.objects, status.gone)?;
-                report.history.retain(|row| self.is_news(row));
+                let report = self.written.take_apart(status.objects, status.gone)?;
                 if let Some(kept) = &mut self.kept {
                     kept.extend(report.objects.iter().map(|object| object.key.clone()));
                 }
@@ -270,17 +263,6 @@ impl Session<'_> {
             agent_message::Message::Goodbye(_) => return Ok(true),
         }
         Ok(false)
-    }
-
-    /// Whether this session has not written that yet: a backup reports all runs that it remembers, and most of them again and
-    /// again.
-    fn is_news(&mut self, row: &HistoryRow) -> bool {
-        if self.written.len() >= REMEMBERED {
-            self.written.clear();
-        }
-        let mut hasher = DefaultHasher::new();
-        (&row.uid, &row.run, &row.body).hash(&mut hasher);
-        self.written.insert(hasher.finish())
     }
 
     /// Notes what became of what was sent.
@@ -333,57 +315,4 @@ impl Session<'_> {
             Err(_) => Err(Status::deadline_exceeded("the agent does not take what it is sent")),
         }
     }
-}
-
-/// What is to be written of a report.
-fn report(objects: Vec<Object>, gone: Vec<sts_backup_api::link::ObjectKey>) -> Result<Report, Status> {
-    let key = |key: sts_backup_api::link::ObjectKey| ObjectKey {
-        kind: key.kind,
-        namespace: key.namespace,
-        name: key.name,
-    };
-    let mut report = Report { gone: gone.into_iter().map(key).collect(), ..Report::default() };
-    for object in objects {
-        let bad = || Status::invalid_argument("an object of a status cannot be read");
-        let key = key(object.key.ok_or_else(bad)?);
-        let hash = body_hash(&object.body);
-        let body = String::from_utf8(object.body).map_err(|_| bad())?;
-        match key.kind.as_str() {
-            BACKUP => {
-                let mut backup: BackupReport = serde_json::from_str(&body).map_err(|_| bad())?;
-                let runs = std::mem::take(&mut backup.runs);
-                report.history.extend(runs.iter().map(|run| HistoryRow {
-                    key: key.clone(),
-                    uid: backup.uid.clone(),
-                    run: run.id.clone(),
-                    started: run.started,
-                    result: run.result.clone(),
-                    body: serde_json::to_string(run).expect("texts and numbers are JSON"),
-                }));
-                backup.runs.extend(runs.into_iter().max_by_key(|run| run.started));
-                let body = serde_json::to_string(&backup).expect("texts and numbers are JSON");
-                report.objects.push(ObjectRow { key, body, hash });
-            }
-            RESTORE => {
-                let restore: RestoreReport = serde_json::from_str(&body).map_err(|_| bad())?;
-                if restore.completed.is_some() {
-                    report.history.push(HistoryRow {
-                        key: key.clone(),
-                        run: restore.uid.clone(),
-                        uid: restore.uid,
-                        started: restore.started.unwrap_or(Timestamp::UNIX_EPOCH),
-                        result: restore.phase,
-                        body: body.clone(),
-                    });
-                }
-                report.objects.push(ObjectRow { key, body, hash });
-            }
-            // Of a newer agent, too.
-            _ => {
-                serde_json::from_str::<serde_json::Value>(&body).map_err(|_| bad())?;
-                report.objects.push(ObjectRow { key, body, hash });
-            }
-        }
-    }
-    Ok(report)
 }

@@ -29,6 +29,9 @@ use self::writer::Writer;
 /// values.
 const ROWS: usize = 1000;
 
+/// Statements on so many rows are kept ready: most reports are that short.
+const KEPT: usize = 32;
+
 /// How many reads run side by side.
 const READERS: u32 = 4;
 
@@ -186,9 +189,11 @@ impl Store {
             .busy_timeout(Duration::from_secs(10))
             // A commit of many reports has thousands of pages: each is copied once for several commits, not for each.
             .pragma("wal_autocheckpoint", "8000")
-            .pragma("cache_size", "-16384");
+            // What undoes a part of a transaction: it needs no file, which a read-only root would not take either.
+            .pragma("temp_store", "MEMORY");
         let one = SqlitePoolOptions::new().min_connections(1).max_connections(1);
-        let writing = one.idle_timeout(None).max_lifetime(None).connect_with(options.clone());
+        let one = one.idle_timeout(None).max_lifetime(None);
+        let writing = one.connect_with(options.clone().pragma("cache_size", "-16384"));
         let writing = writing.await.map_err(opened)?;
         let migrated = sqlx::migrate!("./migrations").run(&writing).await;
         migrated.map_err(|source| StoreError::Migrate { path: path.to_owned(), source })?;
@@ -579,14 +584,14 @@ async fn write_placements(
             row.push_bind(id).push_bind(number(placement.revision));
         });
         update.push(") AS new WHERE clusters.id = new.column1");
-        execute(update, connection).await?;
+        execute(update, placements.len(), connection).await?;
         let mut delete = QueryBuilder::new("DELETE FROM placed WHERE cluster IN (");
         let mut separated = delete.separated(", ");
         for id in &ids {
             separated.push_bind(id);
         }
         delete.push(")");
-        execute(delete, connection).await?;
+        execute(delete, placements.len(), connection).await?;
         let mut placed = Vec::new();
         for (id, placement) in ids.iter().zip(placements) {
             for (name, body) in &placement.bodies {
@@ -607,7 +612,7 @@ async fn write_placements(
             insert.push_values(rows, |mut row, (id, name, hash)| {
                 row.push_bind(*id).push_bind(*name).push_bind(*hash);
             });
-            execute(insert, connection).await?;
+            execute(insert, rows.len(), connection).await?;
         }
     }
     Ok(())
@@ -627,7 +632,7 @@ async fn write_report(
             row.push_bind(body).push_bind(hash);
         });
         insert.push(" ON CONFLICT DO UPDATE SET body = excluded.body, hash = excluded.hash WHERE hash != excluded.hash");
-        execute(insert, connection).await?;
+        execute(insert, rows.len(), connection).await?;
     }
     for rows in report.history.chunks(ROWS) {
         let columns = "cluster, uid, run, kind, namespace, name, started_ms, result, body";
@@ -640,7 +645,7 @@ async fn write_report(
         insert.push(
             " ON CONFLICT DO UPDATE SET result = excluded.result, body = excluded.body WHERE body != excluded.body",
         );
-        execute(insert, connection).await?;
+        execute(insert, rows.len(), connection).await?;
     }
     for key in &report.gone {
         delete_object(connection, &cluster, key).await?;
@@ -648,12 +653,13 @@ async fn write_report(
     Ok(())
 }
 
-/// Executes a statement that is long, and seldom the same: it is not kept.
+/// Executes a statement on so many rows. A long one takes memory, and is seldom the same: it is not kept.
 async fn execute(
     mut statement: QueryBuilder<Sqlite>,
+    rows: usize,
     connection: &mut SqliteConnection,
 ) -> Result<(), sqlx::Error> {
-    statement.build().persistent(false).execute(connection).await?;
+    statement.build().persistent(rows <= KEPT).execute(connection).await?;
     Ok(())
 }
 

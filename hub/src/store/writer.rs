@@ -2,19 +2,14 @@
 
 use std::fmt;
 use std::sync::Arc;
-use std::time::Duration;
 
 use futures::future::BoxFuture;
 use sqlx::SqliteConnection;
 use sqlx::sqlite::SqlitePool;
 use tokio::sync::{mpsc, oneshot};
-use tokio::time::timeout_at;
 
 /// The most writes of one commit.
 const MOST: usize = 500;
-
-/// How long a write waits for others to be committed with.
-const WINDOW: Duration = Duration::from_millis(20);
 
 /// How many writes may wait; more wait to be accepted.
 const QUEUE: usize = 2 * MOST;
@@ -102,20 +97,15 @@ impl Writer {
 }
 
 async fn run(pool: SqlitePool, mut orders: mpsc::Receiver<Order>) {
-    while let Some(first) = orders.recv().await {
-        let mut next = Some(first);
-        let until = sts_backup_service::clock::monotonic() + WINDOW;
+    let mut received = Vec::new();
+    while orders.recv_many(&mut received, MOST).await > 0 {
         let (mut jobs, mut closing) = (Vec::new(), None);
-        while let Some(order) = next.take() {
+        for order in received.drain(..) {
             match order {
-                Order::Write(waiting) => jobs.push(waiting),
-                Order::Close(done) => {
-                    closing = Some(done);
-                    break;
-                }
-            }
-            if jobs.len() < MOST {
-                next = timeout_at(until, orders.recv()).await.ok().flatten();
+                // Those after the end are refused: nobody waits for an answer that is dropped.
+                Order::Write(waiting) if closing.is_none() => jobs.push(waiting),
+                Order::Write(_) => {}
+                Order::Close(done) => closing = Some(done),
             }
         }
         commit(&pool, jobs).await;
