@@ -49,6 +49,7 @@ pub struct LocalHub {
     program: PathBuf,
     processor: Option<usize>,
     files: TempDir,
+    authority: &'static str,
     addresses: Addresses,
     http: Client,
     api: Client,
@@ -65,15 +66,14 @@ impl LocalHub {
     /// When it ends, or is not ready within a minute.
     pub async fn start(program: &Path, processor: Option<usize>) -> Result<Self> {
         let files = tempfile::tempdir()?;
-        let at = |name: &str| files.path().join(name).to_string_lossy().into_owned();
-        pki(program, &["init", "--dir", &at("ca"), "--trust-domain", Self::TRUST_DOMAIN]).await?;
-        let hub = ["issue", "--authority", &at("ca"), "--dir", &at("tls"), "--hub", "127.0.0.1"];
-        pki(program, &hub).await?;
+        let authority = "ca";
+        make_certificates(program, files.path(), authority, "tls").await?;
         std::fs::create_dir(files.path().join("policies"))?;
         let addresses = Addresses::free()?;
         let process = spawn(program, processor, files.path(), addresses)?;
         let (http, api) = (client(addresses.http)?, client(addresses.api)?);
-        let mut hub = Self { program: program.to_owned(), processor, files, addresses, http, api, process };
+        let program = program.to_owned();
+        let mut hub = Self { program, processor, files, authority, addresses, http, api, process };
         hub.await_ready().await?;
         Ok(hub)
     }
@@ -87,7 +87,23 @@ impl LocalHub {
     /// The directory of the fleet's authority.
     #[must_use]
     pub fn authority(&self) -> PathBuf {
-        self.files.path().join("ca")
+        self.files.path().join(self.authority)
+    }
+
+    /// Another authority from now on, and certificates of it over those of the hub, which runs.
+    ///
+    /// # Errors
+    /// When they cannot be made or written.
+    pub async fn replace_authority(&mut self) -> Result<()> {
+        self.authority = "new-ca";
+        make_certificates(&self.program, self.files.path(), self.authority, "new-tls").await?;
+        for file in ["ca.crt", "tls.crt", "tls.key"] {
+            std::fs::rename(
+                self.files.path().join("new-tls").join(file),
+                self.files.path().join("tls").join(file),
+            )?;
+        }
+        Ok(())
     }
 
     /// What the kernel says of its memory.
@@ -192,7 +208,7 @@ impl LocalHub {
 
     async fn issue(&self, directory: &str, id: &str) -> Result<PathBuf> {
         let at = |name: &str| self.files.path().join(name).to_string_lossy().into_owned();
-        let issue = ["issue", "--authority", &at("ca"), "--dir", &at(directory), "--cluster", id];
+        let issue = ["issue", "--authority", &at(self.authority), "--dir", &at(directory), "--cluster", id];
         pki(&self.program, &issue).await?;
         Ok(self.files.path().join(directory))
     }
@@ -279,6 +295,15 @@ impl LocalHub {
         let ready = tokio::time::timeout(START_TIMEOUT, ready).await;
         ready.with_context(|| format!("the hub is not ready after {START_TIMEOUT:?}"))?
     }
+}
+
+/// Makes an authority, and certificates of it for the hub, in directories of these names.
+async fn make_certificates(program: &Path, files: &Path, authority: &str, tls: &str) -> Result<()> {
+    let at = |name: &str| files.join(name).to_string_lossy().into_owned();
+    let init = ["init", "--dir", &at(authority), "--trust-domain", LocalHub::TRUST_DOMAIN];
+    pki(program, &init).await?;
+    let issue = ["issue", "--authority", &at(authority), "--dir", &at(tls), "--hub", "127.0.0.1"];
+    pki(program, &issue).await.map(drop)
 }
 
 /// Copies the files whose names begin so: a database has some beside it.

@@ -131,3 +131,22 @@ async fn two_agents_with_one_identity_are_told_of() -> Result<()> {
     ensure!(other["flapping"] == false && other["state"] == "Connected", "{other:#}");
     Ok(())
 }
+
+#[tokio::test]
+#[ignore = "needs cargo e2e up: cargo e2e test --tier full"]
+async fn another_authority_is_used_without_a_restart_and_without_a_session_lost() -> Result<()> {
+    let mut hub = hub().await?;
+    hub.add_clusters(2).await?;
+    let mut before = agents(&hub, &hub.link(), 0, 1)?;
+    before.ask(Order::AwaitConnected(1)).await?;
+    hub.replace_authority().await?;
+    let mut after = agents(&hub, &hub.link(), 1, 1)?;
+    after.ask(Order::AwaitConnected(1)).await?;
+
+    before.ask(Order::CountApplied).await?;
+    hub.write_policy("gold", &policy())?;
+    before.ask(Order::AwaitApplied).await?;
+    ensure!(!hub.log()?.contains("the session ends"), "{}", hub.log()?);
+    ensure!(hub.get("/metrics").await?.contains("sts_backup_hub_clusters_connected 2\n"));
+    Ok(())
+}
