@@ -118,6 +118,13 @@ pub async fn run(config: Config, ends: Ends) -> Result<(), AppError> {
     let (policies, certificates) = (Watch::of(&config.policies), Watch::of(&config.certificates));
     read_policies(&fleet, &config.policies, &reloads).await;
     parts.spawn(reload_policies(policies, config.clone(), Arc::clone(&fleet), Arc::clone(&reloads)));
+    parts.spawn({
+        let fleet = Arc::clone(&fleet);
+        async move {
+            fleet.write_notes_as_they_come().await;
+            "writing of notes"
+        }
+    });
     parts.spawn(reload_certificates(certificates, config.clone(), Arc::clone(&tls), Arc::clone(&reloads)));
     let served = api::bind(&config.api, Arc::clone(&fleet)).await?;
     parts.spawn(async move {
@@ -172,6 +179,9 @@ pub async fn run(config: Config, ends: Ends) -> Result<(), AppError> {
     info!("the hub ends: agents are told to come again");
     if timeout(config.shutdown, serving.join_next()).await.is_err() {
         warn!(limit = ?config.shutdown, "some agents have not left in time");
+    }
+    if let Err(error) = fleet.write_notes().await {
+        warn!(error = %chain(&error), "what agents have said of themselves is not written: they say it again");
     }
     store.close().await;
     why

@@ -3,29 +3,33 @@
 //! It decides who is let in, and which revision a cluster has ([`place`] says of what); how that gets there is the
 //! [`link`](crate::link)'s.
 
+mod cluster;
 pub mod place;
 #[cfg(test)]
 mod tests;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use dashmap::DashMap;
+use dashmap::{DashMap, DashSet};
 use jiff::Timestamp;
-use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
+use serde_json::json;
 use sts_backup_api::identity::ClusterId;
 use sts_backup_api::link::{Applied, Hello, applied::Outcome, short};
-use tokio::sync::{Semaphore, watch};
+use sts_backup_service::telemetry::chain;
+use tokio::sync::{Notify, Semaphore, watch};
+use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 use uuid::Uuid;
 
-use self::place::{Body, Known, Placed};
+use self::cluster::lock;
+pub use self::cluster::{AgentInfo, AppliedInfo, Begun, Cluster, End, RejectedInfo, Session, State};
+use self::place::Body;
 use crate::policies::PolicySet;
-use crate::store::{ClusterRow, Placement, Store, StoreError};
+use crate::store::{AgentRow, ClusterRow, Placement, Store, StoreError};
 
 /// So many agents a second come back to a hub that was lost: one core stands about 600, as `cargo e2e bench fleet` measures
 /// them (`agents` by `connect_s`).
@@ -34,11 +38,11 @@ const ADMITTED: u32 = 500;
 /// How many reports of agents are taken apart and written at once: what the memory for them is bounded by.
 const REPORTS: usize = 512;
 
-/// An agent whose place another one takes this soon fights with somebody: both come again after two minutes at most.
-const FLAPPING: Duration = Duration::from_mins(5);
+/// For how long it is collected what agents say of themselves: thousands may come back at once.
+const NOTES: Duration = Duration::from_secs(1);
 
-/// How often it does before that is told.
-const FLAPS: u32 = 3;
+/// After which time it is tried again to write that.
+const NOTES_RETRY: Duration = Duration::from_secs(10);
 
 /// Why something is refused.
 #[derive(Debug, thiserror::Error)]
@@ -85,126 +89,6 @@ pub enum Refusal {
     Revoked(String, Timestamp),
 }
 
-/// Why a session ends.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum End {
-    /// A newer connection has taken its place.
-    Replaced,
-    /// The cluster is let in no more.
-    Revoked,
-}
-
-/// What an agent said of itself.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct AgentInfo {
-    /// Its version.
-    pub agent_version: String,
-    /// That of its cluster.
-    pub kubernetes_version: String,
-    /// One life of one agent.
-    pub instance_id: String,
-    /// How far its clock is ahead of the hub's, milliseconds.
-    pub clock_offset_ms: i64,
-}
-
-/// What an agent has made of what it was sent.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct AppliedInfo {
-    /// The revision that it speaks of.
-    pub revision: u64,
-    /// Active, Held or Retrying.
-    pub outcome: String,
-    /// Why it is held.
-    #[serde(default, skip_serializing_if = "String::is_empty")]
-    pub detail: String,
-    /// What it does not take, by name.
-    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
-    pub rejected: BTreeMap<String, RejectedInfo>,
-    /// When it said so.
-    pub at: Timestamp,
-}
-
-/// Why a policy is not active as it was sent.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct RejectedInfo {
-    /// A word for programs.
-    pub code: String,
-    /// A sentence for people.
-    pub detail: String,
-}
-
-/// A cluster.
-#[derive(Debug)]
-pub struct Cluster {
-    /// Its id.
-    pub id: ClusterId,
-    state: Mutex<State>,
-    changed: watch::Sender<()>,
-}
-
-/// What is known of a cluster.
-#[derive(Clone, Debug)]
-pub struct State {
-    /// What people call it.
-    pub name: String,
-    /// What policies select it by.
-    pub labels: BTreeMap<String, String>,
-    /// When it was added.
-    pub added: Timestamp,
-    /// From when on it is refused.
-    pub revoked: Option<Timestamp>,
-    /// Of what is placed on it.
-    pub revision: u64,
-    /// Up to which revision somebody has confirmed what its agent holds back.
-    pub confirmed: u64,
-    /// What is placed on it.
-    pub placed: Placed,
-    /// What its agent said of itself.
-    pub agent: Option<AgentInfo>,
-    /// What its agent has applied.
-    pub applied: Option<AppliedInfo>,
-    /// When it was last heard of.
-    pub seen: Option<Timestamp>,
-    /// Its connection; none: it is unknown how it is since it was last seen.
-    pub session: Option<Session>,
-    /// How often one agent has replaced another one in a row.
-    flaps: u32,
-}
-
-impl State {
-    /// Whether two agents connect as this cluster.
-    #[must_use]
-    pub fn is_flapping(&self) -> bool {
-        self.flaps >= FLAPS
-    }
-}
-
-/// A connection of a cluster.
-#[derive(Clone, Debug)]
-pub struct Session {
-    /// Its own id.
-    pub id: Uuid,
-    /// Where the agent connects from.
-    pub address: SocketAddr,
-    /// Since when.
-    pub since: Timestamp,
-    instance: String,
-    end: watch::Sender<Option<End>>,
-}
-
-/// What a new session works with.
-#[derive(Debug)]
-pub struct Begun {
-    /// Its id.
-    pub id: Uuid,
-    /// Why it has to end.
-    pub end: watch::Receiver<Option<End>>,
-    /// Something of the cluster has changed.
-    pub changed: watch::Receiver<()>,
-}
-
 /// The policies in use, and what became of the newest files.
 #[derive(Clone, Debug, Default)]
 pub struct PoliciesState {
@@ -225,62 +109,13 @@ pub struct Fleet {
     policies: Mutex<PoliciesState>,
     /// One placement at a time: a revision belongs to one set.
     placing: tokio::sync::Mutex<()>,
+    /// Clusters whose agents have said something of themselves that is not written yet.
+    noted: DashSet<ClusterId>,
+    has_noted: Notify,
     /// Whose turn it is to have a report written.
     pub reporting: Semaphore,
     /// The hub ends.
     pub draining: CancellationToken,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-impl Cluster {
-    fn of(row: ClusterRow, bodies: &BTreeMap<Vec<u8>, Arc<[u8]>>) -> Self {
-        let body =
-            |hash: Vec<u8>| bodies.get(&hash).map(|json| Body { json: Arc::clone(json), hash: hash.clone() });
-        let parsed = |value: Option<Value>| value.and_then(|value| serde_json::from_value(value).ok());
-        let agent = row.hello.and_then(|hello| serde_json::from_value(hello).ok());
-        let applied = row.applied;
-        let state = State {
-            name: row.name,
-            labels: row.labels,
-            added: row.added,
-            revoked: row.revoked,
-            revision: row.revision,
-            confirmed: row.confirmed,
-            placed: row.placed.into_iter().map(|(name, hash)| (name, hash.and_then(body))).collect(),
-            agent,
-            applied: parsed(applied),
-            seen: row.seen,
-            session: None,
-            flaps: 0,
-        };
-        Self { id: row.id, state: Mutex::new(state), changed: watch::Sender::new(()) }
-    }
-
-    /// All that is known of it now.
-    #[must_use]
-    pub fn state(&self) -> State {
-        lock(&self.state).clone()
-    }
-
-    /// What people call it.
-    #[must_use]
-    pub fn name(&self) -> String {
-        lock(&self.state).name.clone()
-    }
-
-    /// What its agent, which knows this, is sent next.
-    #[must_use]
-    pub fn offer(&self, known: &Known) -> Option<sts_backup_api::link::Desired> {
-        let state = lock(&self.state);
-        place::offer(&state.placed, known, state.revision, state.confirmed)
-    }
-
-    fn is_session(&self, id: Uuid) -> bool {
-        lock(&self.state).session.as_ref().is_some_and(|session| session.id == id)
-    }
 }
 
 impl Fleet {
@@ -297,6 +132,8 @@ impl Fleet {
             clusters,
             policies: Mutex::default(),
             placing: tokio::sync::Mutex::default(),
+            noted: DashSet::new(),
+            has_noted: Notify::new(),
             reporting: Semaphore::new(REPORTS),
             draining: CancellationToken::new(),
         })
@@ -522,70 +359,41 @@ impl Fleet {
         Ok(cluster)
     }
 
-    /// Begins a session, which takes the place of an older one.
-    ///
-    /// # Errors
-    /// If the cluster is let in no more, or what its agent says cannot be written.
-    pub async fn begin(
-        &self,
-        cluster: &Arc<Cluster>,
-        hello: &Hello,
-        address: SocketAddr,
-        now: Timestamp,
-    ) -> Result<Begun, StoreError> {
+    /// Begins a session, which takes the place of an older one. Of a cluster that is let in no more it ends at once.
+    pub fn begin(&self, cluster: &Cluster, hello: &Hello, address: SocketAddr, now: Timestamp) -> Begun {
         let agent = AgentInfo {
             agent_version: hello.agent_version.clone(),
             kubernetes_version: hello.kubernetes_version.clone(),
             instance_id: hello.instance_id.clone(),
             clock_offset_ms: hello.wall_clock_ms.saturating_sub(now.as_millisecond()),
         };
-        let as_json = json!(agent);
-        self.store.hello(cluster.id, &as_json, now).await?;
         let (end, ends) = watch::channel(None);
         let id = Uuid::new_v4();
-        let session = Session { id, address, since: now, instance: hello.instance_id.clone(), end };
-        let (older, flaps) = {
+        let session = Session { id, address, since: now, end };
+        let (older, flapping) = {
             let mut state = lock(&cluster.state);
-            if state.revoked.is_some() {
-                // While it said who it is.
-                session.end.send_replace(Some(End::Revoked));
-            }
-            let older = state.session.replace(session);
-            let fights = older.as_ref().is_some_and(|older| {
-                let age = Duration::try_from(now.duration_since(older.since)).unwrap_or_default();
-                older.instance != hello.instance_id && age < FLAPPING
-            });
-            state.flaps = if fights { state.flaps.saturating_add(1) } else { 0 };
-            state.agent = Some(agent);
-            state.seen = Some(now);
-            (older, state.flaps)
+            (state.begin(session, agent, now), state.is_flapping())
         };
+        self.note(cluster);
         let name = cluster.name();
         if let Some(older) = older {
             info!(cluster = name, old = %older.address, new = %address, "a newer connection takes the place of an older one");
             older.end.send_replace(Some(End::Replaced));
         }
-        if flaps >= FLAPS {
+        if flapping {
             warn!(
-                cluster = name, %address, times = flaps,
+                cluster = name, %address,
                 "two agents connect as one cluster: one of them has the other's certificate; revoke it, and issue new ones"
             );
         }
-        Ok(Begun { id, end: ends, changed: cluster.changed.subscribe() })
+        Begun { id, end: ends, changed: cluster.changed.subscribe() }
     }
 
     /// Ends a session, if no other has taken its place.
-    pub async fn end(&self, cluster: &Cluster, id: Uuid, now: Timestamp) {
-        let was_there = {
-            let mut state = lock(&cluster.state);
-            let is_it = state.session.as_ref().is_some_and(|session| session.id == id);
-            if is_it {
-                state.session = None;
-            }
-            is_it
-        };
-        if was_there && let Err(error) = self.store.seen(cluster.id, now).await {
-            warn!(cluster = cluster.name(), %error, "when the cluster was last seen is not written");
+    pub fn end(&self, cluster: &Cluster, id: Uuid) {
+        let ended = lock(&cluster.state).session.take_if(|session| session.id == id);
+        if ended.is_some() {
+            self.note(cluster);
         }
     }
 
@@ -600,15 +408,7 @@ impl Fleet {
     }
 
     /// Notes what an agent has made of what it was sent.
-    ///
-    /// # Errors
-    /// If it cannot be written.
-    pub async fn applied(
-        &self,
-        cluster: &Cluster,
-        applied: &Applied,
-        now: Timestamp,
-    ) -> Result<(), StoreError> {
+    pub fn applied(&self, cluster: &Cluster, applied: &Applied, now: Timestamp) {
         let outcome = match applied.outcome() {
             Outcome::Active => ACTIVE,
             Outcome::Held => HELD,
@@ -646,10 +446,56 @@ impl Fleet {
         for (policy, RejectedInfo { code, detail }) in &info.rejected {
             warn!(cluster = name, policy, code, detail, "the agent does not take a policy");
         }
-        let as_json = json!(info);
-        self.store.applied(cluster.id, &as_json).await?;
         lock(&cluster.state).applied = Some(info);
-        Ok(())
+        self.note(cluster);
+    }
+
+    /// What its agent said is to be written. That may be lost: it says so again.
+    fn note(&self, cluster: &Cluster) {
+        self.noted.insert(cluster.id);
+        self.has_noted.notify_one();
+    }
+
+    /// Writes what agents say of themselves, all of a second at once, for as long as it is polled.
+    pub async fn write_notes_as_they_come(&self) {
+        loop {
+            self.has_noted.notified().await;
+            sleep(NOTES).await;
+            if let Err(error) = self.write_notes().await {
+                warn!(error = %chain(&error), "what agents say of themselves cannot be written: it is tried again");
+                sleep(NOTES_RETRY).await;
+            }
+        }
+    }
+
+    /// Writes what agents have said of themselves and is not written yet.
+    ///
+    /// # Errors
+    /// If it cannot be written: then it still has to be.
+    pub async fn write_notes(&self) -> Result<(), StoreError> {
+        let noted: Vec<_> = self.noted.iter().map(|id| *id).collect();
+        let noted = noted.into_iter().filter_map(|id| self.noted.remove(&id));
+        let noted: Vec<_> =
+            noted.filter_map(|id| Some(Arc::clone(self.clusters.get(&id)?.value()))).collect();
+        if noted.is_empty() {
+            return Ok(());
+        }
+        let rows = noted.iter().map(|cluster| {
+            let state = lock(&cluster.state);
+            AgentRow {
+                cluster: cluster.id,
+                hello: state.agent.as_ref().map(|agent| json!(agent).to_string()),
+                applied: state.applied.as_ref().map(|applied| json!(applied).to_string()),
+                seen: state.seen,
+            }
+        });
+        let written = self.store.note_agents(rows.collect()).await;
+        if written.is_err() {
+            for cluster in &noted {
+                self.note(cluster);
+            }
+        }
+        written
     }
 }
 

@@ -1,5 +1,6 @@
 use sts_backup_api::link::Rejected;
 
+use super::place::Known;
 use super::*;
 
 fn at(second: i64) -> Timestamp {
@@ -108,16 +109,16 @@ async fn the_newest_connection_wins_and_the_older_one_counts_no_more() {
     let hub = Hub::new().await;
     hub.fleet.add(id(1), "prod", BTreeMap::new(), at(1)).await.unwrap();
     let cluster = hub.fleet.admit(id(1)).unwrap();
-    let first = hub.fleet.begin(&cluster, &hello("a"), address(1), at(10)).await.unwrap();
-    let second = hub.fleet.begin(&cluster, &hello("a"), address(2), at(11)).await.unwrap();
+    let first = hub.fleet.begin(&cluster, &hello("a"), address(1), at(10));
+    let second = hub.fleet.begin(&cluster, &hello("a"), address(2), at(11));
     assert_eq!(*first.end.borrow(), Some(End::Replaced));
     assert_eq!(*second.end.borrow(), None);
     assert!(!hub.fleet.is_heard(&cluster, first.id, at(12)));
     assert!(hub.fleet.is_heard(&cluster, second.id, at(12)));
     // The older one ends late: the newer one stays.
-    hub.fleet.end(&cluster, first.id, at(13)).await;
+    hub.fleet.end(&cluster, first.id);
     assert_eq!(cluster.state().session.map(|session| session.id), Some(second.id));
-    hub.fleet.end(&cluster, second.id, at(14)).await;
+    hub.fleet.end(&cluster, second.id);
     assert!(cluster.state().session.is_none());
     assert!(!cluster.state().is_flapping(), "one agent that comes again fights with nobody");
 }
@@ -129,10 +130,10 @@ async fn two_agents_with_one_identity_are_noticed() {
     let cluster = hub.fleet.admit(id(1)).unwrap();
     for turn in 0..6 {
         let instance = if turn % 2 == 0 { "a" } else { "b" };
-        hub.fleet.begin(&cluster, &hello(instance), address(1), at(10 + turn)).await.unwrap();
+        hub.fleet.begin(&cluster, &hello(instance), address(1), at(10 + turn));
     }
     assert!(cluster.state().is_flapping());
-    hub.fleet.begin(&cluster, &hello("a"), address(1), at(1000)).await.unwrap();
+    hub.fleet.begin(&cluster, &hello("a"), address(1), at(1000));
     assert!(!cluster.state().is_flapping());
 }
 
@@ -142,11 +143,11 @@ async fn a_revoked_cluster_is_let_in_no_more_and_its_session_ends() {
     assert_eq!(hub.fleet.admit(id(1)).unwrap_err(), Refusal::Unknown(id(1)));
     hub.fleet.add(id(1), "prod", BTreeMap::new(), at(1)).await.unwrap();
     let cluster = hub.fleet.admit(id(1)).unwrap();
-    let session = hub.fleet.begin(&cluster, &hello("a"), address(1), at(10)).await.unwrap();
+    let session = hub.fleet.begin(&cluster, &hello("a"), address(1), at(10));
     hub.fleet.revoke("prod", at(11)).await.unwrap();
     assert_eq!(*session.end.borrow(), Some(End::Revoked));
     assert_eq!(hub.fleet.admit(id(1)).unwrap_err(), Refusal::Revoked("prod".to_owned(), at(11)));
-    let late = hub.fleet.begin(&cluster, &hello("a"), address(1), at(12)).await.unwrap();
+    let late = hub.fleet.begin(&cluster, &hello("a"), address(1), at(12));
     assert_eq!(*late.end.borrow(), Some(End::Revoked), "it was let in before");
     hub.fleet.store.close().await;
     let again = Hub::open(&hub.directory).await;
@@ -161,7 +162,7 @@ async fn what_is_confirmed_is_the_revision_that_is_held() {
     let cluster = hub.fleet.admit(id(1)).unwrap();
     assert!(matches!(hub.fleet.confirm("prod", at(2)).await, Err(FleetError::NothingHeld(_))));
     let held = Applied { revision: 1, outcome: Outcome::Held.into(), ..Applied::default() };
-    hub.fleet.applied(&cluster, &held, at(3)).await.unwrap();
+    hub.fleet.applied(&cluster, &held, at(3));
     assert_eq!(hub.fleet.confirm("prod", at(4)).await.unwrap(), 1);
     assert!(cluster.offer(&Known::default()).unwrap().confirmed);
     hub.place(&[("gold", "0 3 * * *")]).await;
@@ -177,8 +178,29 @@ async fn what_an_agent_does_not_take_is_known_with_its_reason() {
     let item = Rejected { name: "gold".to_owned(), code: "NameTaken".to_owned(), ..Rejected::default() };
     let applied =
         Applied { revision: 3, outcome: Outcome::Active.into(), items: vec![item], ..Applied::default() };
-    hub.fleet.applied(&cluster, &applied, at(3)).await.unwrap();
+    hub.fleet.applied(&cluster, &applied, at(3));
     let known = cluster.state().applied.unwrap();
     assert_eq!((known.revision, &*known.outcome), (3, ACTIVE));
     assert_eq!(known.rejected["gold"].code, "NameTaken");
+}
+
+#[tokio::test]
+async fn what_agents_say_of_themselves_is_written_until_it_is() {
+    let hub = Hub::new().await;
+    hub.fleet.add(id(1), "prod", BTreeMap::new(), at(1)).await.unwrap();
+    let cluster = hub.fleet.admit(id(1)).unwrap();
+    let session = hub.fleet.begin(&cluster, &hello("a"), address(1), at(10));
+    let applied = Applied { revision: 3, outcome: Outcome::Active.into(), ..Applied::default() };
+    hub.fleet.applied(&cluster, &applied, at(11));
+    hub.fleet.write_notes().await.unwrap();
+    hub.fleet.store.close().await;
+    let again = Hub::open(&hub.directory).await.named("prod").unwrap().state();
+    assert_eq!(again.agent.unwrap().instance_id, "a");
+    assert_eq!((again.applied.unwrap().revision, again.seen), (3, Some(at(10))));
+
+    hub.fleet.write_notes().await.expect("there is nothing to write");
+    hub.fleet.end(&cluster, session.id);
+    for _ in 0..2 {
+        hub.fleet.write_notes().await.expect_err("it is not forgotten, and the store is closed");
+    }
 }

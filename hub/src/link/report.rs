@@ -51,7 +51,8 @@ impl Written {
         Ok(report)
     }
 
-    /// Takes a backup's runs for the history, and returns it with the newest of them alone.
+    /// Takes a backup's runs for the history, and returns it with the newest of them alone. A hub that is to keep more of it
+    /// empties `objects.hash` in a migration: what is known by its hash is not written again.
     fn backup(
         &mut self,
         at: &ObjectKey,

@@ -77,8 +77,7 @@ async fn run(
         warn!(reason, "an agent is refused");
         return Err(Status::failed_precondition(reason));
     }
-    let begun =
-        fleet.begin(cluster, &hello, address, clock::now()).await.map_err(|error| unwritten(&error))?;
+    let begun = fleet.begin(cluster, &hello, address, clock::now());
     info!(version = hello.agent_version, kubernetes = hello.kubernetes_version, "an agent is connected");
     let welcome = Welcome {
         protocol: PROTOCOL,
@@ -98,8 +97,9 @@ async fn run(
         known: Known {
             have: hello.have.into_iter().map(|have| (have.name, have.hash)).collect(),
             rejected: BTreeMap::new(),
-            // A revision of another store says nothing.
-            answered: (hello.store_id == welcome.store_id).then_some(hello.applied_revision),
+            // A revision of another store says nothing; where the hub does not know what became of one, it asks again.
+            answered: (hello.store_id == welcome.store_id && cluster.has_answer_to(hello.applied_revision))
+                .then_some(hello.applied_revision),
         },
         under_way: None,
         is_held: None,
@@ -111,7 +111,7 @@ async fn run(
         session.speak(messages, begun.end, begun.changed, heartbeat * MISSED).await
     };
     let ended = ended.await;
-    fleet.end(cluster, begun.id, clock::now()).await;
+    fleet.end(cluster, begun.id);
     match &ended {
         Ok(why) => info!(why, "the session ends"),
         Err(status) => warn!(why = status.message(), "the session ends"),
@@ -229,7 +229,7 @@ impl Session<'_> {
             agent_message::Message::Hello(_) => {
                 return Err(Status::failed_precondition("the agent says twice who it is"));
             }
-            agent_message::Message::Applied(applied) => self.applied(&applied).await?,
+            agent_message::Message::Applied(applied) => self.applied(&applied),
             agent_message::Message::Status(status) => {
                 if status.full_begin {
                     self.kept = Some(BTreeSet::new());
@@ -266,7 +266,7 @@ impl Session<'_> {
     }
 
     /// Notes what became of what was sent.
-    async fn applied(&mut self, applied: &Applied) -> Result<(), Status> {
+    fn applied(&mut self, applied: &Applied) {
         let outcome = applied.outcome();
         let fits = |(sent, _): &(Desired, Instant)| sent.revision == applied.revision;
         if outcome == Outcome::Retrying {
@@ -280,8 +280,7 @@ impl Session<'_> {
             // Somebody in the cluster has accepted what was held back: it is sent once more, and answered.
             self.is_held = self.is_held.filter(|(revision, _)| *revision != applied.revision);
         }
-        let written = self.fleet.applied(self.cluster, applied, clock::now()).await;
-        written.map_err(|error| unwritten(&error))
+        self.fleet.applied(self.cluster, applied, clock::now());
     }
 
     fn answered(&mut self, sent: Desired, applied: &Applied, outcome: Outcome) {

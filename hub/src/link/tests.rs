@@ -8,7 +8,7 @@ use jiff::{SignedDuration, Timestamp};
 use sts_backup_api::identity::{ClusterId, TrustDomain};
 use sts_backup_api::link::fleet_client::FleetClient;
 use sts_backup_api::link::{
-    Applied, Desired, Heartbeat, Hello, PROTOCOL, Rejected, Status as Told, Welcome, agent_message,
+    Applied, Desired, Have, Heartbeat, Hello, PROTOCOL, Rejected, Status as Told, Welcome, agent_message,
     applied::Outcome, body_hash, hub_message, state_hash,
 };
 use sts_backup_service::clock;
@@ -201,6 +201,31 @@ async fn a_policy_reaches_a_cluster_and_its_answer_the_hub() {
     hub.place(&[("bronze", "0 4 * * *"), ("silver", "0 5 * * *")]).await;
     let desired = agent.desired().await;
     assert_eq!(names(&desired), ["silver"]);
+}
+
+#[tokio::test]
+async fn an_answer_that_the_hub_does_not_know_is_asked_for_again() {
+    let hub = Hub::start().await;
+    hub.add(1, "prod").await;
+    hub.place(&[("gold", "0 1 * * *")]).await;
+    let first = hub.connect(1).await.unwrap().desired().await;
+    // It was answered, and the hub killed before it had written that.
+    let gold = &first.upserts[0];
+    let hello = Hello {
+        store_id: hub.fleet.store.id().to_string(),
+        applied_revision: first.revision,
+        have: vec![Have { name: gold.name.clone(), hash: gold.hash.clone() }],
+        ..Hello::default()
+    };
+    let connect = async || {
+        Agent::connect(hub.address, &hub.certificate(1), &hub.authority, hello.clone()).await.unwrap()
+    };
+    let mut agent = connect().await;
+    let again = agent.desired().await;
+    assert_eq!((again.revision, again.upserts.len()), (first.revision, 0));
+    agent.answer(&again, Outcome::Active, Vec::new()).await;
+    agent.settle().await;
+    connect().await.settle().await;
 }
 
 #[tokio::test]

@@ -1,36 +1,31 @@
-//! What the hub remembers: a `SQLite` file. All SQL is here.
+//! What the hub remembers: a `SQLite` file. All SQL is here and in [`statements`].
 //!
 //! Reads run side by side; writes go through one [`writer`] that commits many at once, and says so when they are safe on
 //! the disk. It decides nothing of what is written.
 
+mod rows;
+mod statements;
 #[cfg(test)]
 mod tests;
 mod writer;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::time::Duration;
 
 use jiff::Timestamp;
 use serde_json::Value;
+use sqlx::Row;
 use sqlx::sqlite::{
     SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteRow, SqliteSynchronous,
 };
-use sqlx::{QueryBuilder, Row, Sqlite, SqliteConnection};
 use sts_backup_api::identity::ClusterId;
 use sts_backup_api::link::state_hash;
 use uuid::Uuid;
 
+pub use self::rows::{AgentRow, Bodies, ClusterRow, HistoryRow, ObjectKey, ObjectRow, Placement, Report};
 pub use self::writer::WriteError;
 use self::writer::Writer;
-
-/// How many rows one statement writes: to execute one costs as much as many rows do, and `SQLite` binds no more than 32,766
-/// values.
-const ROWS: usize = 1000;
-
-/// Statements on so many rows are kept ready: most reports are that short.
-const KEPT: usize = 32;
 
 /// How many reads run side by side.
 const READERS: u32 = 4;
@@ -72,97 +67,6 @@ pub enum StoreError {
 
 /// The result of what the store does.
 pub type Result<T, E = StoreError> = std::result::Result<T, E>;
-
-/// Policies by name, with hash and body; none: a tombstone.
-pub type Bodies = BTreeMap<String, Option<(Vec<u8>, Arc<[u8]>)>>;
-
-/// A new revision of what is placed on a cluster.
-#[derive(Clone, Debug)]
-pub struct Placement {
-    /// The cluster.
-    pub cluster: ClusterId,
-    /// The revision.
-    pub revision: u64,
-    /// What is placed on it.
-    pub bodies: Bodies,
-}
-
-/// A cluster, as it is remembered.
-#[derive(Clone, Debug)]
-pub struct ClusterRow {
-    /// Its id.
-    pub id: ClusterId,
-    /// What people call it.
-    pub name: String,
-    /// What policies select it by.
-    pub labels: BTreeMap<String, String>,
-    /// When it was added.
-    pub added: Timestamp,
-    /// From when on it is refused.
-    pub revoked: Option<Timestamp>,
-    /// Of what is placed on it.
-    pub revision: u64,
-    /// Up to which revision somebody has confirmed what agents hold back.
-    pub confirmed: u64,
-    /// What its agent said of itself, as JSON.
-    pub hello: Option<Value>,
-    /// What its agent has applied, as JSON.
-    pub applied: Option<Value>,
-    /// When it was last heard of.
-    pub seen: Option<Timestamp>,
-    /// Names of policies and hashes of their bodies; none: a tombstone.
-    pub placed: BTreeMap<String, Option<Vec<u8>>>,
-}
-
-/// A report of a cluster on some objects.
-#[derive(Clone, Debug, Default)]
-pub struct Report {
-    /// What they are like now.
-    pub objects: Vec<ObjectRow>,
-    /// Those that are gone.
-    pub gone: Vec<ObjectKey>,
-    /// What has ended of them.
-    pub history: Vec<HistoryRow>,
-}
-
-/// Which object.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct ObjectKey {
-    /// Its kind.
-    pub kind: String,
-    /// Its namespace; empty: none.
-    pub namespace: String,
-    /// Its name.
-    pub name: String,
-}
-
-/// An object.
-#[derive(Clone, Debug)]
-pub struct ObjectRow {
-    /// Which.
-    pub key: ObjectKey,
-    /// Its summary, as JSON.
-    pub body: String,
-    /// The hash of what its cluster told of it, which is more than the summary.
-    pub hash: Vec<u8>,
-}
-
-/// What has ended: a run of a backup, or a restore.
-#[derive(Clone, Debug)]
-pub struct HistoryRow {
-    /// The object that it belongs to.
-    pub key: ObjectKey,
-    /// That object's uid.
-    pub uid: String,
-    /// The run's id; of a restore its uid.
-    pub run: String,
-    /// When it began.
-    pub started: Timestamp,
-    /// How it ended.
-    pub result: String,
-    /// All of it, as JSON.
-    pub body: String,
-}
 
 /// The store. A handle: clones share the file.
 #[derive(Clone, Debug)]
@@ -267,7 +171,7 @@ impl Store {
                     .bind(now.as_millisecond())
                     .execute(&mut *connection)
                     .await?;
-                audit(connection, now, "ClusterAdded", &name, &id.to_string()).await
+                statements::audit(connection, now, "ClusterAdded", &name, &id.to_string()).await
             })
         })
         .await
@@ -292,7 +196,7 @@ impl Store {
                     .bind(id.to_string())
                     .execute(&mut *connection)
                     .await?;
-                audit(connection, now, "ClusterLabelled", &name, &labels).await
+                statements::audit(connection, now, "ClusterLabelled", &name, &labels).await
             })
         })
         .await
@@ -311,7 +215,7 @@ impl Store {
                     .bind(id.to_string())
                     .execute(&mut *connection)
                     .await?;
-                audit(connection, now, "ClusterRevoked", &name, &id.to_string()).await
+                statements::audit(connection, now, "ClusterRevoked", &name, &id.to_string()).await
             })
         })
         .await
@@ -329,7 +233,7 @@ impl Store {
                     .bind(id.to_string())
                     .execute(&mut *connection)
                     .await?;
-                audit(connection, now, "ClusterRemoved", &name, &id.to_string()).await
+                statements::audit(connection, now, "ClusterRemoved", &name, &id.to_string()).await
             })
         })
         .await
@@ -344,11 +248,11 @@ impl Store {
         self.write(move |connection| {
             Box::pin(async move {
                 sqlx::query("UPDATE clusters SET confirmed = ? WHERE id = ?")
-                    .bind(number(revision))
+                    .bind(statements::number(revision))
                     .bind(id.to_string())
                     .execute(&mut *connection)
                     .await?;
-                audit(connection, now, "RevisionConfirmed", &name, &revision.to_string()).await
+                statements::audit(connection, now, "RevisionConfirmed", &name, &revision.to_string()).await
             })
         })
         .await
@@ -359,64 +263,15 @@ impl Store {
     /// # Errors
     /// If they cannot be written: then all of them have what they had.
     pub async fn place(&self, placements: Vec<Placement>) -> Result<()> {
-        self.write(move |connection| Box::pin(write_placements(connection, placements))).await
+        self.write(move |connection| Box::pin(statements::placements(connection, placements))).await
     }
 
-    /// Notes what an agent said of itself.
+    /// Notes what agents said of themselves and of what they applied, and when they were last heard of.
     ///
     /// # Errors
-    /// If it cannot be written.
-    pub async fn hello(&self, id: ClusterId, hello: &Value, now: Timestamp) -> Result<()> {
-        let hello = hello.to_string();
-        self.write_one(move |connection| {
-            Box::pin(async move {
-                sqlx::query("UPDATE clusters SET hello = ?, seen_ms = ? WHERE id = ?")
-                    .bind(hello)
-                    .bind(now.as_millisecond())
-                    .bind(id.to_string())
-                    .execute(connection)
-                    .await?;
-                Ok(())
-            })
-        })
-        .await
-    }
-
-    /// Notes when a cluster was last heard of.
-    ///
-    /// # Errors
-    /// If it cannot be written.
-    pub async fn seen(&self, id: ClusterId, now: Timestamp) -> Result<()> {
-        self.write_one(move |connection| {
-            Box::pin(async move {
-                sqlx::query("UPDATE clusters SET seen_ms = ? WHERE id = ?")
-                    .bind(now.as_millisecond())
-                    .bind(id.to_string())
-                    .execute(connection)
-                    .await?;
-                Ok(())
-            })
-        })
-        .await
-    }
-
-    /// Notes what an agent has applied.
-    ///
-    /// # Errors
-    /// If it cannot be written.
-    pub async fn applied(&self, id: ClusterId, applied: &Value) -> Result<()> {
-        let applied = applied.to_string();
-        self.write_one(move |connection| {
-            Box::pin(async move {
-                sqlx::query("UPDATE clusters SET applied = ? WHERE id = ?")
-                    .bind(applied)
-                    .bind(id.to_string())
-                    .execute(connection)
-                    .await?;
-                Ok(())
-            })
-        })
-        .await
+    /// If it cannot be written: then nothing of it is.
+    pub async fn note_agents(&self, agents: Vec<AgentRow>) -> Result<()> {
+        self.write(move |connection| Box::pin(statements::agents(connection, agents))).await
     }
 
     /// Notes what a cluster reports: each object's newest state, and once each what has ended.
@@ -424,7 +279,7 @@ impl Store {
     /// # Errors
     /// If it cannot be written: then nothing of it is.
     pub async fn report(&self, id: ClusterId, report: Report) -> Result<()> {
-        self.write(move |connection| Box::pin(write_report(connection, id, report))).await
+        self.write(move |connection| Box::pin(statements::report(connection, id, report))).await
     }
 
     /// The hash of all that a cluster has told of its objects.
@@ -458,7 +313,7 @@ impl Store {
                 for row in &rows {
                     let key = object_key(row)?;
                     if !kept.contains(&key) {
-                        delete_object(connection, &cluster, &key).await?;
+                        statements::delete_object(connection, &cluster, &key).await?;
                     }
                 }
                 Ok(())
@@ -557,7 +412,7 @@ impl Store {
     pub async fn note(&self, action: &'static str, object: &str, detail: &str, now: Timestamp) -> Result<()> {
         let (object, detail) = (object.to_owned(), detail.to_owned());
         self.write(move |connection| {
-            Box::pin(async move { audit(connection, now, action, &object, &detail).await })
+            Box::pin(async move { statements::audit(connection, now, action, &object, &detail).await })
         })
         .await
     }
@@ -565,134 +420,6 @@ impl Store {
     async fn write(&self, job: impl writer::Job) -> Result<()> {
         Ok(self.writer.write(job).await?)
     }
-
-    /// Writes by a single statement.
-    async fn write_one(&self, job: impl writer::Job) -> Result<()> {
-        Ok(self.writer.write_one(job).await?)
-    }
-}
-
-async fn write_placements(
-    connection: &mut SqliteConnection,
-    placements: Vec<Placement>,
-) -> Result<(), sqlx::Error> {
-    let mut bodies = BTreeMap::new();
-    for placements in placements.chunks(ROWS) {
-        let ids: Vec<_> = placements.iter().map(|placement| placement.cluster.to_string()).collect();
-        let mut update = QueryBuilder::new("UPDATE clusters SET revision = new.column2 FROM (");
-        update.push_values(ids.iter().zip(placements), |mut row, (id, placement)| {
-            row.push_bind(id).push_bind(number(placement.revision));
-        });
-        update.push(") AS new WHERE clusters.id = new.column1");
-        execute(update, placements.len(), connection).await?;
-        let mut delete = QueryBuilder::new("DELETE FROM placed WHERE cluster IN (");
-        let mut separated = delete.separated(", ");
-        for id in &ids {
-            separated.push_bind(id);
-        }
-        delete.push(")");
-        execute(delete, placements.len(), connection).await?;
-        let mut placed = Vec::new();
-        for (id, placement) in ids.iter().zip(placements) {
-            for (name, body) in &placement.bodies {
-                placed.push((id, name, body.as_ref().map(|(hash, _)| hash)));
-                if let Some((hash, body)) = body
-                    && bodies.insert(hash, body).is_none()
-                {
-                    sqlx::query("INSERT INTO bodies (hash, body) VALUES (?, ?) ON CONFLICT DO NOTHING")
-                        .bind(hash)
-                        .bind(&**body)
-                        .execute(&mut *connection)
-                        .await?;
-                }
-            }
-        }
-        for rows in placed.chunks(ROWS) {
-            let mut insert = QueryBuilder::new("INSERT INTO placed (cluster, name, hash) ");
-            insert.push_values(rows, |mut row, (id, name, hash)| {
-                row.push_bind(*id).push_bind(*name).push_bind(*hash);
-            });
-            execute(insert, rows.len(), connection).await?;
-        }
-    }
-    Ok(())
-}
-
-async fn write_report(
-    connection: &mut SqliteConnection,
-    id: ClusterId,
-    report: Report,
-) -> Result<(), sqlx::Error> {
-    let cluster = id.to_string();
-    for rows in report.objects.chunks(ROWS) {
-        let mut insert =
-            QueryBuilder::new("INSERT INTO objects (cluster, kind, namespace, name, body, hash) ");
-        insert.push_values(rows, |mut row, ObjectRow { key, body, hash }| {
-            row.push_bind(&cluster).push_bind(&key.kind).push_bind(&key.namespace).push_bind(&key.name);
-            row.push_bind(body).push_bind(hash);
-        });
-        insert.push(" ON CONFLICT DO UPDATE SET body = excluded.body, hash = excluded.hash WHERE hash != excluded.hash");
-        execute(insert, rows.len(), connection).await?;
-    }
-    for rows in report.history.chunks(ROWS) {
-        let columns = "cluster, uid, run, kind, namespace, name, started_ms, result, body";
-        let mut insert = QueryBuilder::new(format!("INSERT INTO history ({columns}) "));
-        insert.push_values(rows, |mut row, HistoryRow { key, uid, run, started, result, body }| {
-            row.push_bind(&cluster).push_bind(uid).push_bind(run);
-            row.push_bind(&key.kind).push_bind(&key.namespace).push_bind(&key.name);
-            row.push_bind(started.as_millisecond()).push_bind(result).push_bind(body);
-        });
-        insert.push(
-            " ON CONFLICT DO UPDATE SET result = excluded.result, body = excluded.body WHERE body != excluded.body",
-        );
-        execute(insert, rows.len(), connection).await?;
-    }
-    for key in &report.gone {
-        delete_object(connection, &cluster, key).await?;
-    }
-    Ok(())
-}
-
-/// Executes a statement on so many rows. A long one takes memory, and is seldom the same: it is not kept.
-async fn execute(
-    mut statement: QueryBuilder<Sqlite>,
-    rows: usize,
-    connection: &mut SqliteConnection,
-) -> Result<(), sqlx::Error> {
-    statement.build().persistent(rows <= KEPT).execute(connection).await?;
-    Ok(())
-}
-
-async fn delete_object(
-    connection: &mut SqliteConnection,
-    cluster: &str,
-    key: &ObjectKey,
-) -> Result<(), sqlx::Error> {
-    sqlx::query("DELETE FROM objects WHERE cluster = ? AND kind = ? AND namespace = ? AND name = ?")
-        .bind(cluster)
-        .bind(&key.kind)
-        .bind(&key.namespace)
-        .bind(&key.name)
-        .execute(connection)
-        .await?;
-    Ok(())
-}
-
-async fn audit(
-    connection: &mut SqliteConnection,
-    now: Timestamp,
-    action: &str,
-    object: &str,
-    detail: &str,
-) -> Result<(), sqlx::Error> {
-    sqlx::query("INSERT INTO audit (at_ms, action, object, detail) VALUES (?, ?, ?, ?)")
-        .bind(now.as_millisecond())
-        .bind(action)
-        .bind(object)
-        .bind(detail)
-        .execute(connection)
-        .await?;
-    Ok(())
 }
 
 fn object_key(row: &SqliteRow) -> Result<ObjectKey, sqlx::Error> {
@@ -740,9 +467,4 @@ fn time(milliseconds: i64) -> Result<Timestamp> {
 
 fn text(labels: &BTreeMap<String, String>) -> String {
     serde_json::to_string(labels).expect("strings are JSON")
-}
-
-/// `SQLite` has no unsigned numbers.
-fn number(revision: u64) -> i64 {
-    i64::try_from(revision).unwrap_or(i64::MAX)
 }

@@ -42,8 +42,6 @@ type AnyJob =
 
 struct Waiting {
     job: AnyJob,
-    /// A single statement is undone by `SQLite` itself when it fails.
-    is_one_statement: bool,
     done: oneshot::Sender<Done>,
 }
 
@@ -72,17 +70,8 @@ impl Writer {
 
     /// Returns when it is safe on the disk.
     pub(super) async fn write(&self, job: impl Job) -> Done {
-        self.order(Box::new(job), false).await
-    }
-
-    /// The same for a job of one statement, which needs less.
-    pub(super) async fn write_one(&self, job: impl Job) -> Done {
-        self.order(Box::new(job), true).await
-    }
-
-    async fn order(&self, job: AnyJob, is_one_statement: bool) -> Done {
         let (done, answer) = oneshot::channel();
-        let sent = self.0.send(Order::Write(Waiting { job, is_one_statement, done })).await;
+        let sent = self.0.send(Order::Write(Waiting { job: Box::new(job), done })).await;
         sent.map_err(|_| WriteError::Closed)?;
         answer.await.unwrap_or(Err(WriteError::Closed))
     }
@@ -102,8 +91,8 @@ async fn run(pool: SqlitePool, mut orders: mpsc::Receiver<Order>) {
         let (mut jobs, mut closing) = (Vec::new(), None);
         for order in received.drain(..) {
             match order {
-                // Those after the end are refused: nobody waits for an answer that is dropped.
                 Order::Write(waiting) if closing.is_none() => jobs.push(waiting),
+                // It is refused as it is dropped.
                 Order::Write(_) => {}
                 Order::Close(done) => closing = Some(done),
             }
@@ -125,25 +114,19 @@ async fn commit(pool: &SqlitePool, jobs: Vec<Waiting>) {
     let mut waiting = Vec::new();
     let written = async {
         let mut transaction = pool.begin().await?;
-        for Waiting { job, is_one_statement, done } in jobs {
-            if !is_one_statement {
-                sqlx::query("SAVEPOINT job").execute(&mut *transaction).await?;
-            }
+        for Waiting { job, done } in jobs {
+            sqlx::query("SAVEPOINT job").execute(&mut *transaction).await?;
             let written = job(&mut transaction).await;
             let undone = match &written {
-                Err(_) if !is_one_statement => {
-                    sqlx::query("ROLLBACK TO job").execute(&mut *transaction).await.map(drop)
-                }
-                _ => Ok(()),
+                Ok(()) => Ok(()),
+                Err(_) => sqlx::query("ROLLBACK TO job").execute(&mut *transaction).await.map(drop),
             };
             match written {
                 Ok(()) => waiting.push(done),
                 Err(error) => drop(done.send(Err(WriteError::Refused(Arc::new(error))))),
             }
             undone?;
-            if !is_one_statement {
-                sqlx::query("RELEASE job").execute(&mut *transaction).await?;
-            }
+            sqlx::query("RELEASE job").execute(&mut *transaction).await?;
         }
         transaction.commit().await
     };
