@@ -4,6 +4,7 @@
 
 use std::net::SocketAddr;
 use std::path::Path;
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -107,7 +108,8 @@ pub async fn run(config: Config, ends: Ends) -> Result<(), AppError> {
         });
     }
 
-    let store = Store::open(&config.database).await?;
+    // One of a large fleet may take minutes to be brought up to date, and that is no standstill.
+    let store = beating(&health, Store::open(&config.database)).await?;
     let fleet = Arc::new(Fleet::open(store.clone()).await?);
     let tls = Arc::new(ArcSwap::from_pointee(link_config(&config.certificates)?));
     let reloads = Arc::new(Reloads::default());
@@ -185,6 +187,18 @@ pub async fn run(config: Config, ends: Ends) -> Result<(), AppError> {
     }
     store.close().await;
     why
+}
+
+/// Waits for work of which it is not known how long it takes.
+async fn beating<T>(health: &Health, work: impl Future<Output = T>) -> T {
+    let mut work = pin!(work);
+    let mut beat = interval(BEAT);
+    loop {
+        tokio::select! {
+            done = &mut work => return done,
+            _ = beat.tick() => health.beat(),
+        }
+    }
 }
 
 fn ended(part: Option<Result<&'static str, tokio::task::JoinError>>) -> AppError {

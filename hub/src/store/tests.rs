@@ -148,3 +148,29 @@ async fn a_full_disk_acknowledges_nothing() {
     store.report(id(1), Report { objects, ..Report::default() }).await.unwrap();
     assert_eq!(store.objects("StatefulSetBackup").await.unwrap().len(), 1);
 }
+
+#[tokio::test]
+async fn the_history_of_an_older_hub_is_kept() {
+    let directory = tempfile::tempdir().unwrap();
+    let options =
+        SqliteConnectOptions::new().filename(directory.path().join("hub.db")).create_if_missing(true);
+    let older = SqlitePool::connect_with(options).await.unwrap();
+    let mut migrations = sqlx::migrate!("./migrations");
+    migrations.migrations.to_mut().truncate(2);
+    migrations.run(&older).await.unwrap();
+    let cluster = id(1).to_string();
+    for statement in [
+        format!("INSERT INTO clusters (id, name, labels, added_ms) VALUES ('{cluster}', 'prod', '{{}}', 1)"),
+        format!(
+            "INSERT INTO history (cluster, uid, run, kind, namespace, name, started_ms, result, body) \
+             VALUES ('{cluster}', 'uid', 'r1', 'StatefulSetBackup', 'shop', 'db', 5000, 'Completed', '{{}}')"
+        ),
+    ] {
+        sqlx::query(sqlx::AssertSqlSafe(statement)).execute(&older).await.unwrap();
+    }
+    older.close().await;
+    let history = open(&directory).await.history("StatefulSetBackup", Some(id(1)), 10).await.unwrap();
+    let [(_, row)] = &history[..] else { unreachable!("{history:?}") };
+    let told = (&row.key, &*row.uid, &*row.run, row.started, &*row.result, &*row.body);
+    assert_eq!(told, (&key("db"), "uid", "r1", at(5), "Completed", "{}"));
+}
