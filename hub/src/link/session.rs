@@ -77,6 +77,7 @@ async fn run(
         warn!(reason, "an agent is refused");
         return Err(Status::failed_precondition(reason));
     }
+    let want_full = !is_told(fleet, cluster, &hello.state_hash).await?;
     let begun = fleet.begin(cluster, &hello, address, clock::now());
     info!(version = hello.agent_version, kubernetes = hello.kubernetes_version, "an agent is connected");
     let welcome = Welcome {
@@ -87,7 +88,7 @@ async fn run(
         hub_time_ms: clock::now().as_millisecond(),
         heartbeat_ms: u32::try_from(heartbeat.as_millis()).unwrap_or(u32::MAX),
         reconnect_spread_ms: u32::try_from(fleet.spread().as_millis()).unwrap_or(u32::MAX),
-        want_full: !is_told(fleet, cluster, &hello.state_hash).await?,
+        want_full,
     };
     let mut session = Session {
         fleet,
