@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use notify::{RecommendedWatcher, RecursiveMode, Watcher};
 use tokio::sync::Notify;
-use tokio::time::{sleep, timeout};
+use tokio::time::timeout;
 use tracing::warn;
 
 /// How long a directory must be quiet before it is read: files come one by one.
@@ -52,9 +52,7 @@ impl Watch {
         if timeout(AT_LEAST, self.changed.notified()).await.is_err() {
             return;
         }
-        while timeout(QUIET, self.changed.notified()).await.is_ok() {
-            sleep(QUIET).await;
-        }
+        while timeout(QUIET, self.changed.notified()).await.is_ok() {}
     }
 }
 

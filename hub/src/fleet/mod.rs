@@ -22,7 +22,7 @@ use sts_backup_service::telemetry::chain;
 use tokio::sync::{Notify, Semaphore, watch};
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 use uuid::Uuid;
 
 use self::cluster::lock;
@@ -37,6 +37,9 @@ const ADMITTED: u32 = 500;
 
 /// How many reports of agents are taken apart and written at once: what the memory for them is bounded by.
 const REPORTS: usize = 512;
+
+/// So many clusters get their new revisions at once: they are told while those of the next ones are written.
+const PLACED: usize = 1000;
 
 /// For how long it is collected what agents say of themselves: thousands may come back at once.
 const NOTES: Duration = Duration::from_secs(1);
@@ -179,7 +182,7 @@ impl Fleet {
     /// Places these policies on the clusters that they select.
     ///
     /// # Errors
-    /// If the new revisions cannot be written: then each cluster has what it had.
+    /// If new revisions cannot be written: then each cluster of which that is so has what it had.
     pub async fn use_policies(&self, set: PolicySet, now: Timestamp) -> Result<(), StoreError> {
         let _one_at_a_time = self.placing.lock().await;
         let set = Arc::new(set);
@@ -190,28 +193,30 @@ impl Fleet {
 
     /// Gives those of these clusters a new revision for which there is one.
     async fn place(&self, clusters: &[Arc<Cluster>], set: &PolicySet) -> Result<(), StoreError> {
-        let next = clusters.iter().filter_map(|cluster| {
-            let state = lock(&cluster.state);
-            let next = place::next(&state.placed, set.of_cluster(&state.labels))?;
-            Some((cluster, state.revision + 1, next))
-        });
-        let next: Vec<_> = next.collect();
-        if next.is_empty() {
-            return Ok(());
-        }
-        let placements = next.iter().map(|(cluster, revision, placed)| {
-            let body = |body: &Body| (body.hash.clone(), Arc::clone(&body.json));
-            let bodies = placed.iter().map(|(name, placed)| (name.clone(), placed.as_ref().map(body)));
-            Placement { cluster: cluster.id, revision: *revision, bodies: bodies.collect() }
-        });
-        self.store.place(placements.collect()).await?;
-        for (cluster, revision, placed) in next {
-            {
-                let mut state = lock(&cluster.state);
-                state.placed = placed;
-                state.revision = revision;
+        for clusters in clusters.chunks(PLACED) {
+            let next = clusters.iter().filter_map(|cluster| {
+                let state = lock(&cluster.state);
+                let next = place::next(&state.placed, set.of_cluster(&state.labels))?;
+                Some((cluster, state.revision + 1, next))
+            });
+            let next: Vec<_> = next.collect();
+            if next.is_empty() {
+                continue;
             }
-            cluster.changed.send_replace(());
+            let placements = next.iter().map(|(cluster, revision, placed)| {
+                let body = |body: &Body| (body.hash.clone(), Arc::clone(&body.json));
+                let bodies = placed.iter().map(|(name, placed)| (name.clone(), placed.as_ref().map(body)));
+                Placement { cluster: cluster.id, revision: *revision, bodies: bodies.collect() }
+            });
+            self.store.place(placements.collect()).await?;
+            for (cluster, revision, placed) in next {
+                {
+                    let mut state = lock(&cluster.state);
+                    state.placed = placed;
+                    state.revision = revision;
+                }
+                cluster.changed.send_replace(());
+            }
         }
         Ok(())
     }
@@ -435,7 +440,8 @@ impl Fleet {
                 "the agent holds back what it was sent"
             );
         } else {
-            info!(
+            // Of a change for all there are as many as clusters.
+            debug!(
                 cluster = name,
                 revision = info.revision,
                 set = hash,

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use jiff::Timestamp;
+use serde_json::json;
 use sqlx::{QueryBuilder, Sqlite, SqliteConnection};
 use sts_backup_api::identity::ClusterId;
 
@@ -19,44 +20,32 @@ pub(super) async fn placements(
     connection: &mut SqliteConnection,
     placements: Vec<Placement>,
 ) -> Result<(), sqlx::Error> {
+    let (mut clusters, mut revisions) = (Vec::new(), Vec::new());
     let mut bodies = BTreeMap::new();
-    for placements in placements.chunks(ROWS) {
-        let ids: Vec<_> = placements.iter().map(|placement| placement.cluster.to_string()).collect();
-        let mut update = QueryBuilder::new("UPDATE clusters SET revision = new.column2 FROM (");
-        update.push_values(ids.iter().zip(placements), |mut row, (id, placement)| {
-            row.push_bind(id).push_bind(number(placement.revision));
-        });
-        update.push(") AS new WHERE clusters.id = new.column1");
-        execute(update, placements.len(), connection).await?;
-        let mut delete = QueryBuilder::new("DELETE FROM placed WHERE cluster IN (");
-        let mut separated = delete.separated(", ");
-        for id in &ids {
-            separated.push_bind(id);
+    let mut placed: BTreeMap<_, Vec<String>> = BTreeMap::new();
+    for Placement { cluster, revision, bodies: of_cluster } in &placements {
+        let cluster = cluster.to_string();
+        for (name, body) in of_cluster {
+            bodies.extend(body.as_ref().map(|(hash, body)| (hash, body)));
+            let hash = body.as_ref().map(|(hash, _)| hash);
+            placed.entry((name, hash)).or_default().push(cluster.clone());
         }
-        delete.push(")");
-        execute(delete, placements.len(), connection).await?;
-        let mut placed = Vec::new();
-        for (id, placement) in ids.iter().zip(placements) {
-            for (name, body) in &placement.bodies {
-                placed.push((id, name, body.as_ref().map(|(hash, _)| hash)));
-                if let Some((hash, body)) = body
-                    && bodies.insert(hash, body).is_none()
-                {
-                    sqlx::query("INSERT INTO bodies (hash, body) VALUES (?, ?) ON CONFLICT DO NOTHING")
-                        .bind(hash)
-                        .bind(&**body)
-                        .execute(&mut *connection)
-                        .await?;
-                }
-            }
-        }
-        for rows in placed.chunks(ROWS) {
-            let mut insert = QueryBuilder::new("INSERT INTO placed (cluster, name, hash) ");
-            insert.push_values(rows, |mut row, (id, name, hash)| {
-                row.push_bind(*id).push_bind(*name).push_bind(*hash);
-            });
-            execute(insert, rows.len(), connection).await?;
-        }
+        revisions.push((cluster.clone(), number(*revision)));
+        clusters.push(cluster);
+    }
+    let update = "UPDATE clusters SET revision = new.value ->> 1 FROM json_each(?) AS new \
+                  WHERE clusters.id = new.value ->> 0";
+    sqlx::query(update).bind(json!(revisions).to_string()).execute(&mut *connection).await?;
+    let delete = "DELETE FROM placed WHERE cluster IN (SELECT value FROM json_each(?))";
+    sqlx::query(delete).bind(json!(clusters).to_string()).execute(&mut *connection).await?;
+    for (hash, body) in bodies {
+        let insert = "INSERT INTO bodies (hash, body) VALUES (?, ?) ON CONFLICT DO NOTHING";
+        sqlx::query(insert).bind(hash).bind(&**body).execute(&mut *connection).await?;
+    }
+    for ((name, hash), clusters) in placed {
+        let insert = "INSERT INTO placed (name, hash, cluster) SELECT ?, ?, value FROM json_each(?)";
+        let insert = sqlx::query(insert).bind(name).bind(hash).bind(json!(clusters).to_string());
+        insert.execute(&mut *connection).await?;
     }
     Ok(())
 }
