@@ -206,9 +206,8 @@ pub(super) async fn cluster_detail(fleet: &Fleet, name: &str) -> Result<ClusterD
     let of = fleet.named(name)?;
     let placed = of.state().placed.into_iter();
     let policies = placed.filter_map(|(name, body)| Some((name, spec(&body?.json)))).collect();
-    let all = fleet.store.objects(COVERAGE).await?;
-    let id = of.id.to_string();
-    let coverage = all.iter().find(|(cluster, _)| *cluster == id).map(|(_, object)| report(object));
+    let coverage =
+        fleet.store.objects(COVERAGE, Some(of.id)).await?.first().map(|(_, object)| report(object));
     Ok(ClusterDetail { cluster: cluster(&of), policies, coverage })
 }
 
@@ -236,18 +235,18 @@ pub(super) async fn fleet(fleet: &Fleet, now: Timestamp) -> Result<FleetAnswer, 
             (found.id.to_string(), summary)
         })
         .collect();
-    for (id, object) in fleet.store.objects(BACKUP).await? {
+    for (id, object) in fleet.store.objects(BACKUP, None).await? {
         let Some(summary) = clusters.get_mut(&id) else { continue };
         let backup: BackupReport = report(&object);
         summary.backups += 1;
         summary.overdue += usize::from(backup.is_overdue(now));
         summary.failed += usize::from(backup.has_failed());
     }
-    for (id, object) in fleet.store.objects(COVERAGE).await? {
+    for (id, object) in fleet.store.objects(COVERAGE, None).await? {
         let Some(summary) = clusters.get_mut(&id) else { continue };
         summary.coverage = Some(report(&object));
     }
-    for (id, object) in fleet.store.objects(RESTORE).await? {
+    for (id, object) in fleet.store.objects(RESTORE, None).await? {
         let Some(summary) = clusters.get_mut(&id) else { continue };
         summary.restoring += usize::from(report::<RestoreReport>(&object).completed.is_none());
     }
@@ -269,17 +268,15 @@ pub(super) async fn backups(
     query: &BackupQuery,
     now: Timestamp,
 ) -> Result<Vec<BackupAnswer>, FleetError> {
-    if let Some(name) = &query.cluster {
-        fleet.named(name)?;
-    }
+    let id = query.cluster.as_deref().map(|name| fleet.named(name)).transpose()?.map(|cluster| cluster.id);
     let names = names(fleet);
-    let objects = fleet.store.objects(BACKUP).await?;
+    let objects = fleet.store.objects(BACKUP, id).await?;
     let answer = |(id, object): (String, ObjectRow)| {
         let report: BackupReport = report(&object);
         let (overdue, failed) = (report.is_overdue(now), report.has_failed());
         let cluster = names.get(&id)?.clone();
-        let is_wanted = query.cluster.as_ref().is_none_or(|wanted| *wanted == cluster)
-            && (!(query.overdue || query.failed) || (query.overdue && overdue) || (query.failed && failed));
+        let is_wanted =
+            !(query.overdue || query.failed) || (query.overdue && overdue) || (query.failed && failed);
         let key = object.key;
         is_wanted.then_some(BackupAnswer {
             cluster,
@@ -315,7 +312,7 @@ pub(super) async fn restores(fleet: &Fleet) -> Result<Vec<RestoreAnswer>, FleetE
         let report = serde_json::from_str(body).unwrap_or_default();
         Some(RestoreAnswer { cluster: names.get(id)?.clone(), namespace, name, report })
     };
-    let present = fleet.store.objects(RESTORE).await?;
+    let present = fleet.store.objects(RESTORE, None).await?;
     let mut all: Vec<_> = present
         .into_iter()
         .filter_map(|(id, row)| answer(&id, row.key.namespace, row.key.name, &row.body))

@@ -305,7 +305,7 @@ async fn a_status_is_acknowledged_when_it_is_written() {
         let said = agent.hear().await.unwrap();
         assert!(matches!(&said, hub_message::Message::StatusAck(ack) if ack.seq == seq), "{said:?}");
     }
-    let backups = hub.fleet.store.objects("StatefulSetBackup").await.unwrap();
+    let backups = hub.fleet.store.objects("StatefulSetBackup", None).await.unwrap();
     assert_eq!(backups.len(), 2);
     let history = hub.fleet.store.history("StatefulSetBackup", None, 10).await.unwrap();
     assert_eq!(history.iter().map(|(_, row)| &*row.run).collect::<Vec<_>>(), ["r2", "r1"]);

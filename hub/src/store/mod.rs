@@ -343,14 +343,21 @@ impl Store {
         .await
     }
 
-    /// The objects of a kind, each with the id of its cluster.
+    /// The objects of a kind, each with the id of its cluster: of one cluster, or of all.
     ///
     /// # Errors
     /// If they cannot be read.
-    pub async fn objects(&self, kind: &str) -> Result<Vec<(String, ObjectRow)>> {
-        let select = "SELECT cluster, kind, namespace, name, body, hash FROM objects WHERE kind = ? \
+    pub async fn objects(&self, kind: &str, cluster: Option<ClusterId>) -> Result<Vec<(String, ObjectRow)>> {
+        // Two statements, for the key begins with the cluster: one that is said to be any is looked for in all rows.
+        let of_one = "SELECT cluster, kind, namespace, name, body, hash FROM objects WHERE cluster = ?2 AND kind = ?1 \
+                      ORDER BY namespace, name";
+        let of_all = "SELECT cluster, kind, namespace, name, body, hash FROM objects WHERE kind = ?1 \
                       ORDER BY cluster, namespace, name";
-        let rows = sqlx::query(select).bind(kind).fetch_all(&self.pool).await?;
+        let select = match cluster {
+            Some(cluster) => sqlx::query(of_one).bind(kind).bind(cluster.to_string()),
+            None => sqlx::query(of_all).bind(kind),
+        };
+        let rows = select.fetch_all(&self.pool).await?;
         let object = |row: &SqliteRow| {
             let (body, hash) = (row.try_get("body")?, row.try_get("hash")?);
             Ok((row.try_get("cluster")?, ObjectRow { key: object_key(row)?, body, hash }))

@@ -92,7 +92,7 @@ async fn a_run_that_is_reported_twice_is_known_once() {
     store.report(id(1), report(vec![run("r1", "Completed"), run("r2", "Failed")])).await.unwrap();
     let gone = Report { gone: vec![key("db")], ..Report::default() };
     store.report(id(1), gone).await.unwrap();
-    assert!(store.objects("StatefulSetBackup").await.unwrap().is_empty());
+    assert!(store.objects("StatefulSetBackup", None).await.unwrap().is_empty());
     let history = store.history("StatefulSetBackup", Some(id(1)), 10).await.unwrap();
     let runs: BTreeSet<_> = history.iter().map(|(_, row)| row.run.clone()).collect();
     assert_eq!((history.len(), runs.len()), (2, 2));
@@ -111,9 +111,11 @@ async fn a_report_of_all_forgets_what_is_in_none() {
         store.report(id(number), Report { objects, ..Report::default() }).await.unwrap();
     }
     store.keep_only(id(1), BTreeSet::from([key("b")])).await.unwrap();
-    let left = store.objects("StatefulSetBackup").await.unwrap();
+    let left = store.objects("StatefulSetBackup", None).await.unwrap();
     let left: Vec<_> = left.iter().map(|(cluster, row)| (cluster.parse().unwrap(), &*row.key.name)).collect();
     assert_eq!(left, [(id(1), "b"), (id(2), "a"), (id(2), "b")]);
+    let of_one = store.objects("StatefulSetBackup", Some(id(1))).await.unwrap();
+    assert_eq!(of_one.into_iter().map(|(_, row)| row.key).collect::<Vec<_>>(), [key("b")]);
 }
 
 #[tokio::test]
@@ -134,7 +136,7 @@ async fn a_full_disk_acknowledges_nothing() {
     let objects = vec![ObjectRow { key: key("a"), body: "x".repeat(1 << 20), hash: vec![1] }];
     let refused = store.report(id(1), Report { objects: objects.clone(), ..Report::default() }).await;
     assert!(refused.is_err());
-    assert!(store.objects("StatefulSetBackup").await.unwrap().is_empty());
+    assert!(store.objects("StatefulSetBackup", None).await.unwrap().is_empty());
     // With room again it goes on.
     store
         .write(|connection| {
@@ -146,7 +148,7 @@ async fn a_full_disk_acknowledges_nothing() {
         .await
         .unwrap();
     store.report(id(1), Report { objects, ..Report::default() }).await.unwrap();
-    assert_eq!(store.objects("StatefulSetBackup").await.unwrap().len(), 1);
+    assert_eq!(store.objects("StatefulSetBackup", None).await.unwrap().len(), 1);
 }
 
 #[tokio::test]
