@@ -105,8 +105,10 @@ fn unprotected(world: &World) -> BTreeMap<String, i64> {
 #[cfg(test)]
 mod tests {
     use jiff::Timestamp;
+    use sts_backup_api::report::CoverageReport;
 
     use super::*;
+    use crate::policy::status::cluster_coverage;
     use crate::policy::tests::world;
 
     #[test]
@@ -148,5 +150,11 @@ mod tests {
             .scheduled("bank/mine");
         let expected = [("bank".to_owned(), 0), ("shop".to_owned(), 2)];
         assert_eq!(unprotected(&world.facts()), expected.into());
+        let of_cluster = CoverageReport {
+            stateful_sets: 4,
+            unprotected: 2,
+            first_unprotected: vec!["shop/cache".to_owned(), "shop/now-and-then".to_owned()],
+        };
+        assert_eq!(cluster_coverage(&world.facts(), Timestamp::UNIX_EPOCH), of_cluster);
     }
 }

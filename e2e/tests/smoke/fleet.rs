@@ -48,6 +48,16 @@ fn runs(answer: &Value) -> Vec<&str> {
     runs
 }
 
+/// The names of the `StatefulSets` of a namespace that nothing protects, of the only cluster; none: that is not told, or
+/// others fill the list.
+fn unprotected<'a>(answer: &'a Value, ns: &Namespace) -> Option<Vec<&'a str>> {
+    let coverage = &answer["clusters"][0]["coverage"];
+    let first = coverage["firstUnprotected"].as_array()?;
+    let is_whole = coverage["unprotected"].as_u64() == u64::try_from(first.len()).ok();
+    let names = first.iter().filter_map(|set| set.as_str()?.strip_prefix(ns.name())?.strip_prefix('/'));
+    is_whole.then(|| names.collect())
+}
+
 #[tokio::test]
 #[ignore = "needs clusters: cargo e2e test"]
 async fn a_fleet_policy_protects_a_cluster_that_works_alone_while_its_hub_is_away() -> Result<()> {
@@ -89,12 +99,8 @@ async fn a_fleet_policy_protects_a_cluster_that_works_alone_while_its_hub_is_awa
 
         let is_told = |answer: &Value| runs(answer) == [first.as_str()];
         hub.await_answer(&["fleet", "runs", "--cluster", "one"], is_told).await?;
-        // The hub itself is a StatefulSet of this namespace, and protected as well. Other tests have others in theirs.
-        let are_protected = |answer: &Value| {
-            let coverage = &answer["clusters"][0]["coverage"];
-            let count = |field: &str| coverage[field].as_u64().unwrap_or_default();
-            count("statefulSets") >= 2 + count("unprotected")
-        };
+        // The hub itself is a StatefulSet of this namespace, and protected as well.
+        let are_protected = |answer: &Value| unprotected(answer, ns) == Some(vec![]);
         let status = hub.await_answer(&["fleet", "status"], are_protected).await?;
         let one = &status["clusters"][0];
         ensure!(one["state"] == "Connected" && one["overdue"] == 0, "{status:#}");
@@ -134,6 +140,10 @@ async fn a_fleet_policy_protects_a_cluster_that_works_alone_while_its_hub_is_awa
         }
         hub.upgrade(&policies).await?;
         await_deleted(&all, &there, TIMEOUT).await?;
+        // And nothing protects what it protected.
+        let are_bare =
+            |answer: &Value| unprotected(answer, ns).is_some_and(|bare| bare.starts_with(&["a", "b"]));
+        hub.await_answer(&["fleet", "status"], are_bare).await?;
         Ok(())
     })
     .await
