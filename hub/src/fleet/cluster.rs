@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use jiff::Timestamp;
@@ -13,8 +13,9 @@ use sts_backup_api::link::Desired;
 use tokio::sync::watch;
 use uuid::Uuid;
 
-use super::place::{self, Body, Known, Placed};
-use crate::store::ClusterRow;
+use super::place::{self, Known};
+use crate::policies::PolicySet;
+use crate::store::{ClusterRow, Placed, Placement};
 
 /// An agent whose place another one takes this soon fights with somebody: both come again after two minutes at most.
 const FLAPPING: Duration = Duration::from_mins(5);
@@ -160,9 +161,7 @@ pub struct Begun {
 }
 
 impl Cluster {
-    pub(super) fn of(row: ClusterRow, bodies: &BTreeMap<Vec<u8>, Arc<[u8]>>) -> Self {
-        let body =
-            |hash: Vec<u8>| bodies.get(&hash).map(|json| Body { json: Arc::clone(json), hash: hash.clone() });
+    pub(super) fn of(row: ClusterRow) -> Self {
         let parsed = |value: Option<Value>| value.and_then(|value| serde_json::from_value(value).ok());
         let agent = row.hello.and_then(|hello| serde_json::from_value(hello).ok());
         let applied = row.applied;
@@ -173,7 +172,7 @@ impl Cluster {
             revoked: row.revoked,
             revision: row.revision,
             confirmed: row.confirmed,
-            placed: row.placed.into_iter().map(|(name, hash)| (name, hash.and_then(body))).collect(),
+            placed: row.placed,
             agent,
             applied: parsed(applied),
             seen: row.seen,
@@ -193,6 +192,23 @@ impl Cluster {
     #[must_use]
     pub fn name(&self) -> String {
         lock(&self.state).name.clone()
+    }
+
+    /// Its next revision, if these policies are not what is placed on it.
+    pub(super) fn next(&self, set: &PolicySet) -> Option<Placement> {
+        let state = lock(&self.state);
+        let placed = place::next(&state.placed, set.of_cluster(&state.labels))?;
+        Some(Placement { cluster: self.id, revision: state.revision + 1, placed })
+    }
+
+    /// Has a revision, which is written, and tells its session.
+    pub(super) fn place(&self, placement: Placement) {
+        let Placement { revision, placed, cluster: _ } = placement;
+        {
+            let mut state = lock(&self.state);
+            (state.revision, state.placed) = (revision, placed);
+        }
+        self.changed.send_replace(());
     }
 
     /// What its agent, which knows this, is sent next.

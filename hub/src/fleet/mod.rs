@@ -27,9 +27,8 @@ use uuid::Uuid;
 
 use self::cluster::lock;
 pub use self::cluster::{AgentInfo, AppliedInfo, Begun, Cluster, End, RejectedInfo, Session, State};
-use self::place::Body;
 use crate::policies::PolicySet;
-use crate::store::{AgentRow, ClusterRow, Placement, Store, StoreError};
+use crate::store::{AgentRow, ClusterRow, Store, StoreError};
 
 /// So many agents a second come back to a hub that was lost: one core stands about 600, as `cargo e2e bench fleet` measures
 /// them (`agents` by `connect_s`).
@@ -127,9 +126,8 @@ impl Fleet {
     /// # Errors
     /// If it cannot be read.
     pub async fn open(store: Store) -> Result<Self, StoreError> {
-        let bodies = store.bodies().await?.into_iter().map(|(hash, body)| (hash, Arc::from(body))).collect();
         let rows = store.clusters().await?.into_iter();
-        let clusters = rows.map(|row| (row.id, Arc::new(Cluster::of(row, &bodies)))).collect();
+        let clusters = rows.map(|row| (row.id, Arc::new(Cluster::of(row)))).collect();
         Ok(Self {
             store,
             clusters,
@@ -194,28 +192,14 @@ impl Fleet {
     /// Gives those of these clusters a new revision for which there is one.
     async fn place(&self, clusters: &[Arc<Cluster>], set: &PolicySet) -> Result<(), StoreError> {
         for clusters in clusters.chunks(PLACED) {
-            let next = clusters.iter().filter_map(|cluster| {
-                let state = lock(&cluster.state);
-                let next = place::next(&state.placed, set.of_cluster(&state.labels))?;
-                Some((cluster, state.revision + 1, next))
-            });
-            let next: Vec<_> = next.collect();
-            if next.is_empty() {
+            let next = clusters.iter().filter_map(|cluster| Some((cluster, cluster.next(set)?)));
+            let (changed, placements): (Vec<_>, Vec<_>) = next.unzip();
+            if changed.is_empty() {
                 continue;
             }
-            let placements = next.iter().map(|(cluster, revision, placed)| {
-                let body = |body: &Body| (body.hash.clone(), Arc::clone(&body.json));
-                let bodies = placed.iter().map(|(name, placed)| (name.clone(), placed.as_ref().map(body)));
-                Placement { cluster: cluster.id, revision: *revision, bodies: bodies.collect() }
-            });
-            self.store.place(placements.collect()).await?;
-            for (cluster, revision, placed) in next {
-                {
-                    let mut state = lock(&cluster.state);
-                    state.placed = placed;
-                    state.revision = revision;
-                }
-                cluster.changed.send_replace(());
+            self.store.place(placements.clone()).await?;
+            for (cluster, placement) in changed.into_iter().zip(placements) {
+                cluster.place(placement);
             }
         }
         Ok(())
@@ -260,7 +244,7 @@ impl Fleet {
             seen: None,
             placed: BTreeMap::new(),
         };
-        let cluster = Arc::new(Cluster::of(row, &BTreeMap::new()));
+        let cluster = Arc::new(Cluster::of(row));
         self.clusters.insert(id, Arc::clone(&cluster));
         info!(cluster = name, %id, "cluster added");
         Ok(self.place_again(cluster).await?)

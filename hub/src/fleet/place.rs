@@ -4,24 +4,13 @@
 //! and is not any more.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 
 use sts_backup_api::link::{Desired, Upsert, set_hash};
 
+use crate::store::{Body, Placed};
+
 /// How much of bodies one message carries, bytes. Its limit is larger, and names and hashes come on top.
 const CHUNK: usize = 512 << 10;
-
-/// A policy's spec as it is handed out, and its hash.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Body {
-    /// SHA-256 of the JSON.
-    pub hash: Vec<u8>,
-    /// The spec of a `StatefulSetBackupPolicy`.
-    pub json: Arc<[u8]>,
-}
-
-/// The policies of a cluster by name; none: a tombstone.
-pub type Placed = BTreeMap<String, Option<Body>>;
 
 /// What is placed on a cluster that is to have these policies; none: what is placed already.
 pub fn next<'a>(placed: &Placed, wanted: impl Iterator<Item = (&'a str, &'a Body)>) -> Option<Placed> {
@@ -78,6 +67,8 @@ pub fn offer(placed: &Placed, known: &Known, revision: u64, confirmed: u64) -> O
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
 
     fn body(text: &str) -> Body {

@@ -22,14 +22,14 @@ pub use self::document::Place;
 use self::document::documents;
 pub use self::files::FilesError;
 use self::files::{File, read};
-use crate::fleet::place::Body;
+use crate::store::Body;
 
 /// All fleet policies, by name.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct PolicySet(BTreeMap<String, FleetPolicy>);
 
 /// A fleet policy that can be used.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 struct FleetPolicy {
     clusters: Selector,
     body: Body,

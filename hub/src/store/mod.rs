@@ -23,7 +23,9 @@ use sts_backup_api::identity::ClusterId;
 use sts_backup_api::link::state_hash;
 use uuid::Uuid;
 
-pub use self::rows::{AgentRow, Bodies, ClusterRow, HistoryRow, ObjectKey, ObjectRow, Placement, Report};
+pub use self::rows::{
+    AgentRow, Body, ClusterRow, HistoryRow, ObjectKey, ObjectRow, Placed, Placement, Report,
+};
 pub use self::writer::WriteError;
 use self::writer::Writer;
 
@@ -127,7 +129,7 @@ impl Store {
         self.pool.close().await;
     }
 
-    /// All clusters.
+    /// All clusters, each with what is placed on it.
     ///
     /// # Errors
     /// If they cannot be read.
@@ -136,21 +138,23 @@ impl Store {
         let mut clusters = rows.iter().map(cluster).collect::<Result<Vec<_>>>()?;
         let at: BTreeMap<_, _> =
             clusters.iter().enumerate().map(|(at, row)| (row.id.to_string(), at)).collect();
+        let mut bodies = BTreeMap::new();
+        for row in sqlx::query("SELECT hash, body FROM bodies").fetch_all(&self.pool).await? {
+            let hash: Vec<u8> = row.try_get("hash")?;
+            let json = row.try_get::<&[u8], _>("body")?.into();
+            bodies.insert(hash.clone(), Body { hash, json });
+        }
         for row in sqlx::query("SELECT cluster, name, hash FROM placed").fetch_all(&self.pool).await? {
+            let name: String = row.try_get("name")?;
+            // One without its body is no tombstone: that would remove the policy from the cluster.
+            let missing = || corrupt("a policy without its body", &name);
+            let hash: Option<&[u8]> = row.try_get("hash")?;
+            let body = hash.map(|hash| bodies.get(hash).cloned().ok_or_else(missing)).transpose()?;
             if let Some(at) = at.get(row.try_get::<&str, _>("cluster")?) {
-                clusters[*at].placed.insert(row.try_get("name")?, row.try_get("hash")?);
+                clusters[*at].placed.insert(name, body);
             }
         }
         Ok(clusters)
-    }
-
-    /// The bodies of all policies that are placed somewhere, by their hash.
-    ///
-    /// # Errors
-    /// If they cannot be read.
-    pub async fn bodies(&self) -> Result<BTreeMap<Vec<u8>, Vec<u8>>> {
-        let rows = sqlx::query("SELECT hash, body FROM bodies").fetch_all(&self.pool).await?;
-        rows.iter().map(|row| Ok((row.try_get("hash")?, row.try_get("body")?))).collect()
     }
 
     /// Adds a cluster.

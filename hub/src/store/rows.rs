@@ -7,8 +7,17 @@ use jiff::Timestamp;
 use serde_json::Value;
 use sts_backup_api::identity::ClusterId;
 
-/// Policies by name, with hash and body; none: a tombstone.
-pub type Bodies = BTreeMap<String, Option<(Vec<u8>, Arc<[u8]>)>>;
+/// A policy's spec as it is handed out, and its hash.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Body {
+    /// SHA-256 of the JSON.
+    pub hash: Vec<u8>,
+    /// The spec of a `StatefulSetBackupPolicy`.
+    pub json: Arc<[u8]>,
+}
+
+/// The policies of a cluster by name; none: a tombstone.
+pub type Placed = BTreeMap<String, Option<Body>>;
 
 /// A new revision of what is placed on a cluster.
 #[derive(Clone, Debug)]
@@ -18,7 +27,7 @@ pub struct Placement {
     /// The revision.
     pub revision: u64,
     /// What is placed on it.
-    pub bodies: Bodies,
+    pub placed: Placed,
 }
 
 /// A cluster, as it is remembered.
@@ -44,8 +53,8 @@ pub struct ClusterRow {
     pub applied: Option<Value>,
     /// When it was last heard of.
     pub seen: Option<Timestamp>,
-    /// Names of policies and hashes of their bodies; none: a tombstone.
-    pub placed: BTreeMap<String, Option<Vec<u8>>>,
+    /// What is placed on it.
+    pub placed: Placed,
 }
 
 /// What a cluster's agent said last.

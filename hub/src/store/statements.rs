@@ -23,11 +23,11 @@ pub(super) async fn placements(
     let (mut clusters, mut revisions) = (Vec::new(), Vec::new());
     let mut bodies = BTreeMap::new();
     let mut placed: BTreeMap<_, Vec<String>> = BTreeMap::new();
-    for Placement { cluster, revision, bodies: of_cluster } in &placements {
+    for Placement { cluster, revision, placed: of_cluster } in &placements {
         let cluster = cluster.to_string();
         for (name, body) in of_cluster {
-            bodies.extend(body.as_ref().map(|(hash, body)| (hash, body)));
-            let hash = body.as_ref().map(|(hash, _)| hash);
+            bodies.extend(body.as_ref().map(|body| (&body.hash, &body.json)));
+            let hash = body.as_ref().map(|body| &body.hash);
             placed.entry((name, hash)).or_default().push(cluster.clone());
         }
         revisions.push((cluster.clone(), number(*revision)));
@@ -38,9 +38,9 @@ pub(super) async fn placements(
     sqlx::query(update).bind(json!(revisions).to_string()).execute(&mut *connection).await?;
     let delete = "DELETE FROM placed WHERE cluster IN (SELECT value FROM json_each(?))";
     sqlx::query(delete).bind(json!(clusters).to_string()).execute(&mut *connection).await?;
-    for (hash, body) in bodies {
+    for (hash, json) in bodies {
         let insert = "INSERT INTO bodies (hash, body) VALUES (?, ?) ON CONFLICT DO NOTHING";
-        sqlx::query(insert).bind(hash).bind(&**body).execute(&mut *connection).await?;
+        sqlx::query(insert).bind(hash).bind(&**json).execute(&mut *connection).await?;
     }
     for ((name, hash), clusters) in placed {
         let insert = "INSERT INTO placed (name, hash, cluster) SELECT ?, ?, value FROM json_each(?)";
