@@ -217,10 +217,14 @@ async fn read_policies(fleet: &Fleet, directory: &Path, reloads: &Reloads) {
     let Ok(read) = read else { return };
     let failed = match read {
         Ok(set) => {
-            let count = set.len();
+            let (count, before) = (set.len(), fleet.policies());
+            let is_news = before.error.is_some() || before.set.as_deref() != Some(&set);
             match fleet.use_policies(set, clock::now()).await {
                 Ok(()) => {
-                    info!(count, "fleet policies are in use");
+                    // They are looked at again and again.
+                    if is_news {
+                        info!(count, "fleet policies are in use");
+                    }
                     None
                 }
                 Err(error) => Some(chain(&error)),
