@@ -60,7 +60,9 @@ pub enum StoreError {
     #[error("write the database")]
     Write(#[from] WriteError),
     /// Something in it is not what the hub writes.
-    #[error("the database holds {what}")]
+    #[error(
+        "the database holds {what}: put a copy of it in its place, or move it away to begin with an empty one"
+    )]
     Corrupt {
         /// What.
         what: String,

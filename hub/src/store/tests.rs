@@ -19,15 +19,35 @@ async fn open(directory: &tempfile::TempDir) -> Store {
     Store::open(&directory.path().join("hub.db")).await.unwrap()
 }
 
+fn gold() -> Placed {
+    let body = Body { hash: vec![1], json: Arc::from(&b"{}"[..]) };
+    BTreeMap::from([("gold".to_owned(), Some(body)), ("old".to_owned(), None)])
+}
+
+/// As a tombstone it would remove the policy from its clusters.
+#[tokio::test]
+async fn a_policy_whose_body_is_lost_is_an_error() {
+    let directory = tempfile::tempdir().unwrap();
+    let store = open(&directory).await;
+    store.add_cluster(id(1), "prod-eu-1", &BTreeMap::new(), at(1)).await.unwrap();
+    store.place(vec![Placement { cluster: id(1), revision: 7, placed: gold() }]).await.unwrap();
+    store.close().await;
+    let unguarded = SqliteConnectOptions::new().filename(directory.path().join("hub.db")).foreign_keys(false);
+    let damage = SqlitePool::connect_with(unguarded).await.unwrap();
+    sqlx::query("DELETE FROM bodies").execute(&damage).await.unwrap();
+    damage.close().await;
+
+    let error = open(&directory).await.clusters().await.unwrap_err();
+    assert!(error.to_string().contains("a policy without its body: \"gold\""), "{error}");
+}
+
 #[tokio::test]
 async fn what_was_written_is_there_after_a_restart() {
     let directory = tempfile::tempdir().unwrap();
     let store = open(&directory).await;
     let labels = BTreeMap::from([("env".to_owned(), "prod".to_owned())]);
     store.add_cluster(id(1), "prod-eu-1", &labels, at(1)).await.unwrap();
-    let body = Body { hash: vec![1], json: Arc::from(&b"{}"[..]) };
-    let placed = BTreeMap::from([("gold".to_owned(), Some(body)), ("old".to_owned(), None)]);
-    let placement = Placement { cluster: id(1), revision: 7, placed: placed.clone() };
+    let placement = Placement { cluster: id(1), revision: 7, placed: gold() };
     store.place(vec![placement]).await.unwrap();
     store.revoke_cluster(id(1), "prod-eu-1", at(2)).await.unwrap();
     let first = store.id();
@@ -40,7 +60,7 @@ async fn what_was_written_is_there_after_a_restart() {
     let [row] = &clusters[..] else { unreachable!("{clusters:?}") };
     assert_eq!((row.id, &*row.name, &row.labels, row.revision), (id(1), "prod-eu-1", &labels, 7));
     assert_eq!(row.revoked, Some(at(2)));
-    assert_eq!(row.placed, placed);
+    assert_eq!(row.placed, gold());
     let audit = store.audit(10).await.unwrap();
     let actions: Vec<_> = audit.iter().map(|(_, action, object, _)| (&**action, &**object)).collect();
     assert_eq!(actions, [("ClusterRevoked", "prod-eu-1"), ("ClusterAdded", "prod-eu-1")]);
